@@ -1,0 +1,374 @@
+"""Every option of every program: one dataclass for each concern, each field with its help.
+
+Options come in two kinds. What the whole swarm has to agree on (`AGREED`) is decided once by the organizer and reaches
+the volunteers with the run manifest. What concerns one machine only (`PeerArguments`, `TrainerArguments`,
+`AuxArguments`) is each peer's own. A key in a YAML file is an argument's own name; the command line overrides the file.
+"""
+
+import difflib
+import json
+import types
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from collab.errors import UserError
+
+T = TypeVar("T")
+
+
+class YamlMapping(dict):
+    """A mapping as an item of a list such as `sources`; on a command line `'{hub: org/name, weight: 2}'`."""
+
+    def __init__(self, given: str | Mapping[str, Any]) -> None:
+        value = yaml.safe_load(given) if isinstance(given, str) else given
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{given!r} is not a mapping such as '{{hub: org/name, column: text}}'")
+        super().__init__(value)
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text; a list as default is copied for each instance."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, key: str, value: Any, rule: str) -> None:
+    """Refuse an impossible value: `rule` is what `key` must be."""
+    if not condition:
+        raise UserError(f"{key} is {value!r}, but it must be {rule}. Change `{key}` in the YAML file or --{key}.")
+
+
+# ---- agreed by the whole swarm -----------------------------------------------------------------------------------
+
+
+@dataclass
+class RunArguments:
+    """What this run is."""
+
+    run_id: str = option("", "Name of the run: its key in the DHT, the folder under runs/, the project in the tracker.")
+    task: str = option("mlm", "What is trained: the name of a folder under tasks/.")
+    seed: int = option(0, "Seed of the first weights, the order of the data and the masks.")
+    max_global_steps: int = option(125_000, "The run ends after this many global steps; the schedule ends there too.")
+
+    def __post_init__(self) -> None:
+        allowed = self.run_id.replace("-", "").replace("_", "")
+        require(
+            allowed.isascii() and allowed.isalnum(), "run_id", self.run_id, "a name of letters, digits, '-' and '_'"
+        )
+        require(self.max_global_steps > 0, "max_global_steps", self.max_global_steps, "at least 1")
+
+
+@dataclass
+class MLMArguments:
+    """The masked LM task: its model, tokenizer and text."""
+
+    model_config: str = option(
+        "tasks/mlm/models/albert_large.json", "JSON file with the model's architecture (transformers' config.json)."
+    )
+    sources: list[YamlMapping] = option(
+        [YamlMapping({"embedded": True})],
+        "Where text comes from, a list of mappings: {embedded: true}, {files: 'corpus/*.jsonl.gz', column: text} or "
+        "{hub: org/name, config: ..., split: train, column: text}, each with an optional weight.",
+    )
+    tokenizer: str | None = option(
+        None, "Folder or Hub name of a tokenizer. Left out: the organizer's peer trains one from `sources`."
+    )
+    vocab_size: int = option(30_000, "Entries of the tokenizer that is trained when `tokenizer` is left out.")
+    tokenizer_megabytes: float = option(
+        200.0, "MB of text that the tokenizer is trained on. More helps rare scripts; a minute for every 50 MB."
+    )
+    lowercase: bool = option(True, "Lower-case the text, as ALBERT does. No effect in scripts without case.")
+    seq_length: int = option(512, "Tokens in an instance at most, special tokens included.")
+    mask_probability: float = option(0.15, "Share of the real tokens that the model has to restore.")
+    shuffle_buffer: int = option(10_000, "Documents held back for shuffling. Smaller saves memory, mixes less.")
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")
+        require(self.vocab_size >= 64, "vocab_size", self.vocab_size, "at least 64")
+        require(self.tokenizer_megabytes > 0, "tokenizer_megabytes", self.tokenizer_megabytes, "above 0")
+        require(self.seq_length >= 16, "seq_length", self.seq_length, "at least 16")
+        require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
+        require(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
+
+
+@dataclass
+class OptimizerArguments:
+    """How averaged gradients become new weights. The defaults are ALBERT-large's (Lan et al. 2019, section 4.1)."""
+
+    optimizer: Literal["lamb", "adamw"] = option("lamb", "lamb for target batches of thousands, adamw for small ones.")
+    learning_rate: float = option(0.00176, "Peak learning rate. Scale it with the square root of target_batch_size.")
+    min_learning_rate: float = option(0.0, "The learning rate at which the linear decay ends.")
+    warmup_steps: int = option(3125, "Global steps of linear warm-up.")
+    weight_decay: float = option(0.01, "Decoupled weight decay; biases and normalisation layers have none.")
+    adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
+    adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
+    adam_epsilon: float = option(1e-6, "Added to the root of the second moment.")
+    max_grad_norm: float = option(1.0, "The averaged gradient is clipped to this norm; 0 leaves it alone.")
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        floor = self.min_learning_rate
+        require(0 <= floor <= self.learning_rate, "min_learning_rate", floor, "from 0 to learning_rate")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        for key in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, key) < 1, key, getattr(self, key), "from 0 to below 1")
+        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
+        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
+
+
+@dataclass
+class SwarmArguments:
+    """How peers meet and average."""
+
+    target_batch_size: int = option(
+        4096,
+        "Samples from all peers together that make one global step. A global step should last several times "
+        "longer than matchmaking_time, or the swarm ticks by time instead of by samples.",
+    )
+    matchmaking_time: float = option(
+        15.0, "Seconds in which peers look for a group. Raise it if rounds meet fewer peers than there are."
+    )
+    averaging_timeout: float = option(
+        60.0, "Seconds after which an averaging round is given up. Raise it for slow links or larger models."
+    )
+    metadata_expiration: float = option(
+        30.0, "Seconds after which a peer that reports nothing counts as gone; rounds wait for it until then."
+    )
+    grad_compression: Literal["none", "float16", "scaled_float16"] = option(
+        "float16", "Codec of gradients on the wire. float16 flushes values under 6e-8; scaled_float16 does not."
+    )
+    state_compression: Literal["none", "float16", "scaled_float16"] = option(
+        "float16", "Codec of parameters, when they are averaged and when a newcomer downloads them."
+    )
+    average_state_every: int = option(
+        5,
+        "Average the parameters every this many global steps; it removes the drift that lost rounds and codecs leave.",
+    )
+    delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
+    delay_grad_averaging: bool = option(
+        False, "Average gradients in the background as well; needs delay_optimizer_step."
+    )
+    delay_state_averaging: bool = option(False, "Average parameters in the background, while training goes on.")
+
+    def __post_init__(self) -> None:
+        require(self.target_batch_size > 0, "target_batch_size", self.target_batch_size, "at least 1")
+        require(self.matchmaking_time >= 1, "matchmaking_time", self.matchmaking_time, "at least 1 second")
+        require(
+            self.averaging_timeout > self.matchmaking_time,
+            "averaging_timeout", self.averaging_timeout, f"longer than matchmaking_time ({self.matchmaking_time} s)",
+        )  # fmt: skip
+        require(self.metadata_expiration >= 10, "metadata_expiration", self.metadata_expiration, "at least 10 seconds")
+        require(self.average_state_every >= 1, "average_state_every", self.average_state_every, "at least 1")
+        require(
+            self.delay_optimizer_step or not self.delay_grad_averaging,
+            "delay_grad_averaging", self.delay_grad_averaging, "false unless delay_optimizer_step is true",
+        )  # fmt: skip
+
+
+# ---- each peer's own ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PeerArguments:
+    """This computer's place in the network."""
+
+    initial_peers: list[str] = option(
+        [], "Addresses of one or more peers of the swarm, as the auxiliary peer prints them. None: start a new swarm."
+    )
+    host_maddrs: list[str] = option(["/ip4/0.0.0.0/tcp/0"], "Addresses to listen on; port 0 takes any free port.")
+    announce_maddrs: list[str] = option([], "Addresses that others should dial, if they differ (a forwarded port).")
+    client_mode: bool = option(False, "Accept no incoming connections: for computers behind a router or firewall.")
+    nat_port_map: bool = option(True, "Ask the router to forward the port (UPnP).")
+    identity_path: str | None = option(
+        None, "File with the key that makes the peer id; it is made if it does not exist. Two peers cannot share one."
+    )
+    bandwidth: float | None = option(
+        None, "Mbit/s of this computer's link: its share of the averaging work follows it. 0: others do all of it."
+    )
+    startup_timeout: float = option(60.0, "Seconds that the network may take to start and to reach the first peer.")
+    cache_dir: str = option("~/.cache/samiti", "Folder for the run's files and for prepared text.")
+
+    def __post_init__(self) -> None:
+        self.cache_dir = str(Path(self.cache_dir).expanduser())
+        require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "above 0")
+        require(self.bandwidth is None or self.bandwidth >= 0, "bandwidth", self.bandwidth, "0 or more")
+
+    def peer_options(self) -> dict[str, Any]:
+        """The arguments of `collab.peer.Peer`."""
+        return {key: value for key, value in asdict(self).items() if key not in ("bandwidth", "cache_dir")}
+
+
+@dataclass
+class TrainerArguments:
+    """A volunteer's machine."""
+
+    public_name: str = option("", "The name under which your contribution is listed. Empty: the end of the peer id.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps. auto takes the first GPU.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Precision of the forward and backward pass. auto: bfloat16 on GPUs that have it, float16 on older "
+        "ones, float32 on CPUs.",
+    )
+    micro_batch_size: int = option(16, "Samples in one forward and backward pass. Lower it if memory runs out.")
+    threads: int = option(0, "CPU threads of the training step; 0 leaves it to PyTorch.")
+    offload_optimizer: bool = option(False, "Keep the optimizer's state in RAM instead of in the GPU's memory.")
+    save_dir: str | None = option(None, "Folder that gets this peer's last weights when it leaves.")
+
+    def __post_init__(self) -> None:
+        require(len(self.public_name) <= 40, "public_name", self.public_name, "at most 40 characters")
+        require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+        require(self.threads >= 0, "threads", self.threads, "0 or more")
+
+
+@dataclass
+class AuxArguments:
+    """What the organizer's auxiliary peer reports and keeps."""
+
+    run_folder: str | None = option(None, "Folder for metrics, page and checkpoints. Left out: runs/RUN_ID.")
+    report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
+    save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
+    repo_id: str | None = option(None, "ORG/NAME on the Hugging Face Hub that checkpoints are uploaded to.")
+    license: str = option("apache-2.0", "Licence of the trained model, for its card.")
+    language: list[str] = option(["en"], "Language codes of the trained model, for its card.")
+    resume_from: str | None = option(None, "Checkpoint folder that a new swarm starts from.")
+
+    def __post_init__(self) -> None:
+        for name in self.report_to:
+            require(name in ("trackio", "wandb", "none"), "report_to", self.report_to, "trackio, wandb or none")
+        require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
+        require(self.repo_id is None or self.repo_id.count("/") == 1, "repo_id", self.repo_id, "ORG/NAME")
+
+
+AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
+EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)
+
+
+# ---- reading them ------------------------------------------------------------------------------------------------
+
+
+def parse(description: str, classes: Iterable[Any], argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read the command line and the YAML file named by --config.
+
+    :param description: the first lines of --help.
+    :param classes: the dataclasses whose fields this program has. A YAML file may hold keys of other programs too, so
+      that one file describes a run for all of them.
+    :returns: only what was given, checked for name and type: {argument: value}. `pick` turns it into dataclasses.
+    :raises UserError: unknown key or flag (with near matches), wrong type, unreadable file.
+    """
+    parser = _Parser(tuple(classes), description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file whose keys are the arguments below; flags override it.")
+    # Whatever is still `absent` after parsing was not on the command line: argparse fills in defaults only for
+    # attributes that the namespace lacks.
+    absent = object()
+    namespace = Namespace(**{action.dest: absent for action in parser._actions if action.dest != "help"})
+    parsed, unknown = parser.parse_known_args(argv, namespace)
+    known = sorted(name for name in vars(parsed))
+    for word in unknown:
+        if word.startswith("-"):
+            raise UserError(f"There is no option {word}.{_near(word.lstrip('-').split('=')[0], known, '--')}")
+        raise UserError(f"{word!r} belongs to no option. Put the option's name in front of it; --help lists them.")
+    given = {key: value for key, value in vars(parsed).items() if value is not absent}
+    config = given.pop("config", None)
+    from_file = read_config(Path(config)) if config is not None else {}
+    return from_file | given
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a run's YAML file: every key is the name of an argument of some program, every value of its type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) or "none"
+        raise UserError(f"There is no file {path}. YAML files in that folder: {others}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}. Mend the file and start again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: it should be lines such as `run_id: my_run`.")
+    types_by_key = {key: hint for cls in EVERYTHING for key, hint in get_type_hints(cls).items()}
+    for key, value in content.items():
+        if key not in types_by_key:
+            raise UserError(f"{path}: there is no setting {key!r}.{_near(str(key), types_by_key)}")
+        try:
+            content[key] = _convert(value, types_by_key[key])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {key} is {value!r}, but it must be {_type_name(types_by_key[key])}.") from error
+    return content
+
+
+def pick(cls: type[T], given: Mapping[str, Any]) -> T:
+    """Build dataclass `cls` from the keys of `given` that are its own; the others keep their defaults."""
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: value for key, value in given.items() if key in names})
+
+
+def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that peers have to agree on, defaults filled in: the settings of the run manifest."""
+    settings = {key: value for cls in AGREED for key, value in vars(pick(cls, given)).items()}
+    return dict(json.loads(json.dumps(settings)))  # as it will look to peers that receive it
+
+
+def refuse_contradictions(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """A peer that joins a run takes its settings from the swarm; refuse its own different ideas by name."""
+    for key in settings:
+        if key in given and given[key] != settings[key]:
+            raise UserError(
+                f"You gave {key} = {given[key]!r}, but this run uses {settings[key]!r}. Everybody in a run has to "
+                f"agree on it: leave --{key} out, or start a run of your own without --initial_peers."
+            )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}. --help lists every option.")
+
+
+def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(word.replace("-", "_"), list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(prefix + match for match in matches)}?" if matches else " --help lists all."
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Check a YAML value against a field's type. YAML 1.1 reads 1e-3 as text: it counts as a number here."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)))
+    if origin is list:
+        if not isinstance(value, list):
+            raise TypeError("not a list")
+        return [_convert(item, options[0]) for item in value]
+    if origin is Literal:
+        if value not in options:
+            raise ValueError("not one of the options")
+        return value
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise TypeError("not a number")
+        return float(value)
+    if hint is YamlMapping:
+        return YamlMapping(value)
+    if type(value) is not hint:
+        raise TypeError(f"not of type {hint}")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("empty" if option is type(None) else _type_name(option) for option in options)
+    if origin is list:
+        return f"a list, each item {_type_name(options[0])}"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, options))
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(hint, "a mapping such as {embedded: true}")

@@ -1,0 +1,70 @@
+"""What a person at a terminal sees: lines that stay, and one line that moves."""
+
+import logging
+import shutil
+import sys
+import time
+
+BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+class Console:
+    """Prints to standard output. On a terminal `live` rewrites the last line; into a log it writes one now and then.
+
+    :param quiet_seconds: without a terminal, at least this long between two live lines: a log shows that the program
+      is alive without growing fast.
+    """
+
+    def __init__(self, quiet_seconds: float = 30.0) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        self.quiet_seconds = quiet_seconds
+        self._live_shown = False
+        self._last_print = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, flush=True)
+        self._last_print = time.monotonic()
+
+    def live(self, text: str) -> None:
+        """The moving line: replaces the previous one."""
+        if self.is_terminal:
+            self._clear()
+            width = shutil.get_terminal_size().columns - 1
+            print(text[:width], end="", flush=True)
+            self._live_shown = True
+        elif time.monotonic() - self._last_print >= self.quiet_seconds:
+            self.line(text)
+
+    def _clear(self) -> None:
+        if self._live_shown:
+            print("\r\x1b[2K", end="")
+            self._live_shown = False
+
+
+def show_log() -> None:
+    """Print what this project's own modules log, from INFO up, and only warnings of everybody else's."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("collab", "tasks", "tokenizer"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A progress bar of `width` characters for a share from 0 to 1."""
+    eighths = round(min(1.0, max(0.0, share)) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (BLOCKS[rest] if full < width else "") + " " * (width - full - 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3:07 min, 5:12 h, 3.4 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min"
+    if seconds < 2 * 86400:
+        return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
+    return f"{seconds / 86400:.1f} days"

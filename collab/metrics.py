@@ -1,0 +1,116 @@
+"""What peers report about themselves: signed, schema-checked records in the DHT, and what they add up to."""
+
+import logging
+import time
+
+from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
+from hivemind.dht.validation import RecordValidatorBase
+from hivemind.utils import ValueWithExpiration, get_dht_time
+from pydantic.v1 import BaseModel, StrictBool, StrictStr, ValidationError, confloat, conint, constr
+
+from collab.peer import Peer
+from collab.processes import StopSignal
+
+logger = logging.getLogger(__name__)
+
+MAX_STEP = 10**9
+MAX_SAMPLES = 10**15
+
+
+class PeerRecord(BaseModel):
+    """What a trainer says after each of its global steps. Bounds keep a liar from writing anything at all."""
+
+    name: constr(strict=True, max_length=40)  # type: ignore[valid-type]
+    peer_id: constr(strict=True, max_length=64)  # type: ignore[valid-type]
+    version: constr(strict=True, max_length=32)  # type: ignore[valid-type]
+    step: conint(strict=True, ge=0, le=MAX_STEP)  # type: ignore[valid-type]
+    """The global step that this peer has just finished; the first one is 1."""
+    loss: confloat(strict=True, ge=0.0, le=1e4)  # type: ignore[valid-type]
+    """Mean training loss of the samples that this peer put into that step, in nats; 0 if it put in none."""
+    samples: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Samples that this peer put into that step."""
+    samples_total: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Samples of this session that were really averaged into the common model."""
+    samples_per_second: confloat(strict=True, ge=0.0, le=1e9)  # type: ignore[valid-type]
+    peers_met: conint(strict=True, ge=0, le=10**6)  # type: ignore[valid-type]
+    """Peers in the group that averaged this step, this one included; 0 when no round took place."""
+    peers_expected: conint(strict=True, ge=0, le=10**6)  # type: ignore[valid-type]
+    """Peers that reported progress for this step when the round began, this one included."""
+    applied: StrictBool
+    """Whether the averaged gradient, rather than this peer's own, went into the step."""
+    skipped_batches: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Micro-batches of this session that were dropped for a NaN or infinite gradient."""
+    client_mode: StrictBool
+    time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
+    """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
+    reason: StrictStr = ""
+    """Why the round was not applied, in a few words; empty if it was."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether others were there, but the step was made without them."""
+        return self.peers_expected > 1 and not (self.applied and self.peers_met > 1)
+
+    def as_line(self, last_step: int) -> str:
+        """The step for a person at a terminal."""
+        verdict = "" if self.applied or self.peers_expected == 1 else f"  NOT averaged: {self.reason or 'no group'}"
+        return (
+            f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.samples_per_second:.0f} samples/s  "
+            f"peers {self.peers_met or 1}/{self.peers_expected}  {self.samples_total:,} samples given{verdict}"
+        )
+
+
+class _MetricsSchema(BaseModel):
+    metrics: dict[BytesWithPublicKey, PeerRecord]
+
+
+def metrics_validators(run_id: str) -> list[RecordValidatorBase]:
+    """Validators that every peer of a run adds to its DHT: records that break the schema are not stored anywhere."""
+    return [SchemaValidator(_MetricsSchema, prefix=run_id)]
+
+
+def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float) -> None:
+    """Store `record` in the DHT under this peer's signature, for `lifetime` seconds, without waiting for it."""
+    peer.dht.store(
+        key=_key(run_id),
+        subkey=peer.signature_key,
+        value=record.dict(),
+        expiration_time=get_dht_time() + lifetime,
+        return_future=True,
+    )
+
+
+def read_records(peer: Peer, run_id: str) -> list[PeerRecord]:
+    """The latest record of each peer that has reported within its record's lifetime."""
+    answer = peer.dht.get(_key(run_id), latest=True)
+    if not isinstance(answer, ValueWithExpiration) or not isinstance(answer.value, dict):
+        return []
+    records = []
+    for entry in answer.value.values():
+        try:
+            records.append(PeerRecord.parse_obj(entry.value))
+        except ValidationError as error:
+            logger.debug("A metrics record was left out: %s", error)
+    return records
+
+
+def announce_saved(peer: Peer, run_id: str, step: int) -> None:
+    """Tell the swarm that the state of global step `step` is safely on disk."""
+    peer.dht.store(f"{run_id}_saved", value=step, expiration_time=get_dht_time() + 600)
+
+
+def wait_until_saved(peer: Peer, run_id: str, step: int, timeout: float, stop: StopSignal) -> bool:
+    """Stay until somebody has announced a checkpoint of `step` or later, `timeout` seconds at most: a swarm whose peers
+    all leave at the last step would take that state with them."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        answer = peer.dht.get(f"{run_id}_saved", latest=True)
+        if answer is not None and isinstance(answer.value, int) and answer.value >= step:
+            return True
+        if stop.wait(0.5):
+            break
+    return False
+
+
+def _key(run_id: str) -> str:
+    return f"{run_id}_metrics"

@@ -1,0 +1,109 @@
+"""Turns the records of single peers into the history of the swarm, one entry for each global step."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from collab.metrics import PeerRecord
+
+PATIENCE = 5.0
+"""Seconds to wait for the records of a step after the first one came: peers publish within moments of each other."""
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A global step as the swarm lived it."""
+
+    step: int
+    loss: float
+    """Mean over samples, not over peers; NaN if nobody put in any."""
+    samples: int
+    """Samples of all peers that went into the step."""
+    samples_per_second: float
+    """Of all peers together."""
+    peers: int
+    """Peers that reported the step."""
+    peers_met: int
+    """The smallest group that any of them averaged in."""
+    peers_expected: int
+    peers_averaged: int
+    """Peers that applied an averaged gradient."""
+    peers_alone: int
+    """Peers that made the step on their own although others were there."""
+    time: float
+    """When it was complete, in seconds since 1970."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """For the trackers: numbers by name."""
+        return {key: float(value) for key, value in asdict(self).items() if key not in ("step", "time")}
+
+    @classmethod
+    def from_metrics(cls, entry: dict[str, Any]) -> "StepSummary":
+        """Read back what a tracker wrote."""
+        kinds = {field.name: int if field.name in WHOLE else float for field in fields(cls)}
+        values: dict[str, Any] = {name: kind(entry[name]) for name, kind in kinds.items()}
+        return cls(**values)
+
+
+WHOLE = ("step", "samples", "peers", "peers_met", "peers_expected", "peers_averaged", "peers_alone")
+
+
+class Monitor:
+    """Collects records until a step is complete, then adds it to `history`.
+
+    :param history: steps that are known already, for an auxiliary peer that was restarted.
+    """
+
+    def __init__(self, history: Sequence[StepSummary] = ()) -> None:
+        self.history = list(history)
+        self.live: list[PeerRecord] = []
+        """The latest record of every peer that is still reporting."""
+        self.contributions: dict[str, tuple[str, int]] = {}
+        """Samples of each peer id that was ever seen in this session, with its public name."""
+        self._open: dict[int, dict[str, PeerRecord]] = defaultdict(dict)
+        self._since: dict[int, float] = {}
+
+    @property
+    def step(self) -> int:
+        """The last global step that is complete; 0 before the first one."""
+        return self.history[-1].step if self.history else 0
+
+    @property
+    def samples(self) -> int:
+        """Samples in the whole history."""
+        return sum(summary.samples for summary in self.history)
+
+    def update(self, records: Sequence[PeerRecord]) -> list[StepSummary]:
+        """Take in what the swarm reports now; returns the steps that this completed, in order."""
+        self.live = sorted(records, key=lambda record: (-record.samples_total, record.peer_id))
+        for record in records:
+            self.contributions[record.peer_id] = (record.name, record.samples_total)
+            if record.step > self.step:
+                self._open[record.step][record.peer_id] = record
+                self._since.setdefault(record.step, time.monotonic())
+        done = []
+        for step in sorted(self._open):
+            everybody = all(record.step >= step for record in records)
+            if everybody or time.monotonic() - self._since[step] >= PATIENCE:
+                done.append(_summarize(step, list(self._open.pop(step).values())))
+        self.history += done
+        return done
+
+
+def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
+    samples = sum(record.samples for record in records)
+    return StepSummary(
+        step=step,
+        loss=sum(record.loss * record.samples for record in records) / samples if samples else math.nan,
+        samples=samples,
+        samples_per_second=sum(record.samples_per_second for record in records),
+        peers=len(records),
+        peers_met=min(record.peers_met for record in records),
+        peers_expected=max(record.peers_expected for record in records),
+        peers_averaged=sum(record.applied for record in records),
+        peers_alone=sum(record.alone for record in records),
+        time=time.time(),
+    )

@@ -1,0 +1,256 @@
+"""A computer's place in the swarm: its identity, its DHT node, its addresses, and what it hands to others."""
+
+import asyncio
+import logging
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from hivemind import DHT
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import crypto_pb2
+from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.multiaddr import Multiaddr
+from hivemind.utils.networking import choose_ip_address
+
+from collab.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HEADER_BYTES = 8  # P2P.send_raw_data writes the length first, as so many big-endian bytes
+MAX_PAYLOAD_BYTES = 256 * 2**20  # what one peer may hand to another in one go; a tokenizer is well under 10 MiB
+
+
+class Peer:
+    """One node of the DHT, with an identity of its own.
+
+    :param initial_peers: multiaddresses of peers that are in the swarm already, each ending in /p2p/PEER_ID. Empty:
+      this peer is the first one.
+    :param host_maddrs: multiaddresses to listen on; port 0 takes a free one.
+    :param announce_maddrs: what others should dial instead, for example a forwarded port.
+    :param client_mode: accept no incoming connections.
+    :param nat_port_map: ask the router to forward the port.
+    :param identity_path: file with the private key that determines the peer id. It is made if it does not exist. None:
+      a key for this session only.
+    :param startup_timeout: seconds until starting counts as failed.
+    :raises UserError: an address is malformed, a port is taken, nobody answers, or the identity is in use.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial_peers: Sequence[str] = (),
+        host_maddrs: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        announce_maddrs: Sequence[str] = (),
+        client_mode: bool = False,
+        nat_port_map: bool = True,
+        identity_path: str | None = None,
+        startup_timeout: float = 60.0,
+    ) -> None:
+        for address in (*initial_peers, *host_maddrs, *announce_maddrs):
+            _check_address(address, needs_peer_id=address in initial_peers)
+        for address in host_maddrs:
+            _check_port_is_free(address)
+        self.initial_peers = list(initial_peers)
+        self._session_folder = tempfile.TemporaryDirectory(prefix="samiti-") if identity_path is None else None
+        path = Path(self._session_folder.name if self._session_folder else "", identity_path or "identity.key")
+        is_new = not path.exists()
+        self.private_key = _load_or_make_identity(path)
+        loopback_only = all("/ip4/127." in address for address in host_maddrs)
+        dht = DHT(
+            initial_peers=self.initial_peers or None,
+            host_maddrs=list(host_maddrs),
+            announce_maddrs=list(announce_maddrs) or None,
+            client_mode=client_mode,
+            identity_path=str(path),
+            check_if_identity_free=not is_new,
+            nat_port_map=nat_port_map and not loopback_only,
+            auto_nat=not loopback_only,
+            startup_timeout=startup_timeout,
+            record_validators=[RSASignatureValidator(self.private_key)],
+            start=False,
+        )
+        try:
+            dht.run_in_background(await_ready=True, timeout=2 * startup_timeout)
+        except Exception as error:
+            if dht.is_alive():
+                dht.terminate()
+            raise UserError(_why_not_started(error, initial_peers, host_maddrs, path, startup_timeout)) from error
+        self.dht = dht
+        self.client_mode = client_mode
+        self.peer_id = str(dht.peer_id)
+
+    @property
+    def signature_key(self) -> bytes:
+        """The subkey under which this peer signs its records in the DHT."""
+        return RSASignatureValidator(self.private_key).local_public_key
+
+    def addresses(self) -> list[str]:
+        """Addresses that other computers can dial, those of one interface: a public one if there is one."""
+        visible = self.dht.get_visible_maddrs(latest=True)
+        with_ip = [address for address in visible if {"ip4", "ip6"} & set(_protocols(address))]
+        if not with_ip:
+            return [str(address) for address in visible]
+        # Of several interfaces, a loopback address is of no use to other computers.
+        outside = [address for address in with_ip if not str(address).startswith(("/ip4/127.", "/ip6/::1"))] or with_ip
+        preferred = choose_ip_address(outside)
+        return [str(address) for address in outside if f"/{preferred}/" in str(address)]
+
+    def serve(self, name: str, file: Path) -> None:
+        """Hand the content of `file` to every peer that asks this one for `name`; it is read anew each time."""
+        self.dht.run_coroutine(partial(_serve, name=name, file=file.resolve()))
+
+    def fetch(self, peer_id: str, name: str, timeout: float = 30.0) -> bytes:
+        """Ask `peer_id` for what it serves under `name`.
+
+        The connection itself proves that the answer comes from the holder of that peer id's key (libp2p's handshake).
+
+        :raises OSError: the peer cannot be reached, serves nothing under that name, or takes longer than `timeout`.
+        """
+        with tempfile.TemporaryDirectory(prefix="samiti-") as folder:
+            target = Path(folder, "fetched")
+            work = partial(_fetch, peer_id=peer_id, name=name, timeout=timeout, target=target)
+            future = self.dht.run_coroutine(work, return_future=True)
+            failure = future.result(timeout + 5.0)
+            if failure is not None:
+                raise OSError(failure)
+            return target.read_bytes()
+
+    def join_command(self) -> str:
+        """What a volunteer types to join through this peer."""
+        return "python run_trainer.py --initial_peers " + " ".join(self.addresses())
+
+    def close(self) -> None:
+        """Stop the DHT node and the libp2p daemon."""
+        if self.dht.is_alive():
+            self.dht.shutdown()
+        if self._session_folder is not None:
+            self._session_folder.cleanup()
+
+
+def peer_id_in(address: str) -> str:
+    """The peer id that an address names: the root of trust for what that peer hands out."""
+    return str(Multiaddr(address)["p2p"])
+
+
+def _protocols(address: Multiaddr) -> list[str]:
+    return [protocol.name for protocol in address.protocols()]
+
+
+def _check_address(address: str, needs_peer_id: bool) -> None:
+    example = "/ip4/203.0.113.7/tcp/31337" + ("/p2p/Qm..." if needs_peer_id else "")
+    try:
+        names = _protocols(Multiaddr(address))
+    except Exception as error:
+        raise UserError(f"{address!r} is not an address ({error}). It should look like {example}") from error
+    if needs_peer_id and "p2p" not in names:
+        raise UserError(
+            f"{address!r} names no peer: copy the whole line that the auxiliary peer prints, it looks like {example}"
+        )
+
+
+def _check_port_is_free(address: str) -> None:
+    """libp2p listens with SO_REUSEPORT: a second peer on the same port would start, and get half of the connections."""
+    maddr = Multiaddr(address)
+    names = _protocols(maddr)
+    port = int(maddr["tcp"]) if "tcp" in names else 0
+    if port == 0 or not {"ip4", "ip6"} & set(names):
+        return
+    family, host = (socket.AF_INET, maddr["ip4"]) if "ip4" in names else (socket.AF_INET6, maddr["ip6"])
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"Cannot listen on {address}: {error.strerror}. Another program uses that port, or the address is not "
+                f"this computer's. Stop that program, or choose another port in --host_maddrs; 0 takes any free one."
+            ) from error
+
+
+def _load_or_make_identity(path: Path) -> RSAPrivateKey:
+    """The private key in `path`, in libp2p's own format, which p2pd reads too."""
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            P2P.generate_identity(str(path))
+        content = crypto_pb2.PrivateKey.FromString(path.read_bytes())
+        key = RSAPrivateKey.__new__(RSAPrivateKey)
+        key.__setstate__({"_private_key": content.data})
+        return key
+    except OSError as error:
+        raise UserError(f"The identity file {path} cannot be used: {error}. Give another --identity_path.") from error
+    except Exception as error:
+        raise UserError(
+            f"{path} is not an identity file: {error}. Give another --identity_path; a new file is made by itself."
+        ) from error
+
+
+def _why_not_started(
+    error: Exception, initial_peers: Sequence[str], host_maddrs: Sequence[str], identity: Path, timeout: float
+) -> str:
+    reason = str(error) or type(error).__name__
+    lowered = reason.lower()
+    if "already taken" in lowered:
+        return (
+            f"The identity in {identity} is used by another running peer. Stop that one, or start this one with "
+            f"another --identity_path (a new file is made by itself)."
+        )
+    if "failed to listen" in lowered:
+        return (
+            f"Cannot listen on {' '.join(host_maddrs)}: {reason}. The address may not be this computer's. Give another "
+            f"one in --host_maddrs, for example /ip4/0.0.0.0/tcp/0."
+        )
+    if initial_peers:
+        dead = "\n  ".join(initial_peers)
+        return (
+            f"No peer of the swarm answered. Tried:\n  {dead}\nThey may be gone, behind a firewall, or the clocks are "
+            f"more than 3 seconds apart (this one says {time.strftime('%H:%M:%S', time.gmtime())} UTC). Ask the "
+            f"organizer for a current address and start again. (The network said: {reason})"
+        )
+    return (
+        f"The libp2p daemon did not start within {timeout:.0f} seconds: {reason}. On a slow machine give a larger "
+        f"--startup_timeout."
+    )
+
+
+# ---- coroutines that run inside the DHT's process ----------------------------------------------------------------
+# Content travels between the processes as files: the pipe that carries calls to hivemind's DHT process is non-blocking
+# there, and a call larger than the pipe's buffer (64 KiB) ends that process (dht/dht.py:128).
+
+
+async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
+    async def handler(_info: StreamInfo, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await P2P.send_raw_data(file.read_bytes(), writer)
+        finally:
+            writer.close()
+
+    await node.p2p.add_binary_stream_handler(name, handler)
+
+
+async def _fetch(_dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: float, target: Path) -> str | None:
+    """Returns the reason when it fails: an exception here would also print a traceback in the DHT's process."""
+
+    async def receive() -> None:
+        _, reader, writer = await node.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), name)
+        try:
+            length = int.from_bytes(await reader.readexactly(HEADER_BYTES), "big")
+            if length > MAX_PAYLOAD_BYTES:
+                raise OSError(f"it announced {length} bytes, more than {MAX_PAYLOAD_BYTES} are never needed")
+            target.write_bytes(await reader.readexactly(length))
+        finally:
+            writer.close()
+
+    try:
+        await asyncio.wait_for(receive(), timeout)
+    except TimeoutError:
+        return f"no answer within {timeout:.0f} seconds"
+    except Exception as error:  # noqa: BLE001 - the reason goes back to the caller, which raises it
+        return str(error) or type(error).__name__
+    return None

@@ -1,0 +1,114 @@
+"""Starting and ending a peer's processes: signals, children, and the last line that a person reads."""
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from collab.errors import UserError
+
+
+class StopSignal:
+    """Ctrl-C (SIGINT) and SIGTERM ask this peer to leave; a second one ends it at once.
+
+    hivemind sets SIGINT to ignored in the parent when it starts an averager (averaging/averager.py:334), so `listen`
+    is called after the optimizer is built and whenever an averager was started since.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def listen(self) -> None:
+        """Take over SIGINT and SIGTERM. Main thread only."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
+        print("\nLeaving the swarm (once more to leave at once) ...", file=sys.stderr, flush=True)
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds` at most; True at once when a signal came."""
+        return self._event.wait(seconds)
+
+
+def guard_children() -> None:
+    """From now on, no child of this process outlives it, however it ends (SIGKILL included).
+
+    hivemind forks a DHT and several averagers, and the DHT starts `p2pd`; if their parent is killed they stay, keep
+    the port and the peer id, and look alive to the swarm. Here every forked child, and so whatever it starts, joins the
+    process group of a small watcher. The watcher holds the reading end of a pipe whose writing end only this process
+    has: when that closes, it kills the group. As a second effect Ctrl-C in a terminal reaches only this process, which
+    then says goodbye through children that still live.
+
+    Call it once, before any child is started.
+    """
+    reading_end, writing_end = os.pipe()
+    watcher = os.fork()
+    if watcher == 0:
+        _watch(reading_end, writing_end)
+    os.close(reading_end)
+    os.setpgid(watcher, watcher)
+
+    owner = os.getpid()
+
+    def in_child() -> None:
+        if os.getppid() == owner:  # a grandchild has the group already, and the descriptor may be another file there
+            os.close(writing_end)
+        os.setpgid(0, watcher)
+        # Handlers of the parent would only set its flag here, so that `Process.terminate()` had no effect.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def at_exit() -> None:
+        if os.getpid() == owner:
+            os.close(writing_end)
+            os.waitpid(watcher, 0)
+
+    os.register_at_fork(after_in_child=in_child)
+    atexit.register(at_exit)
+
+
+def _watch(reading_end: int, writing_end: int) -> NoReturn:
+    """The watcher's whole life: wait until the parent is gone, then end its other children and itself."""
+    try:
+        os.setpgid(0, 0)
+        os.close(writing_end)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _name_process(b"samiti-watcher")
+        os.read(reading_end, 1)
+        os.killpg(0, signal.SIGKILL)
+    finally:
+        os._exit(0)
+
+
+def _name_process(name: bytes) -> None:
+    if sys.platform == "linux":
+        pr_set_name = 15  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_name, name, 0, 0, 0)
+
+
+def run_program(main: Callable[[], None]) -> NoReturn:
+    """Run a program's `main()` and end it: a UserError as one clear message and status 1, a forced Ctrl-C as 130."""
+    status = 0
+    try:
+        main()
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,168 @@
+"""The volunteer's program: join a run, make samples, compute gradients, average them with everybody, until it ends.
+
+    python run_trainer.py --initial_peers ADDRESS
+
+ADDRESS is the line that the run's auxiliary peer prints. Without it, a new run starts from --config.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from hivemind.utils import get_dht_time
+
+from arguments import (
+    AGREED,
+    PeerArguments,
+    TrainerArguments,
+    agreed_settings,
+    parse,
+    pick,
+    refuse_contradictions,
+)
+from collab.checkpoint import save_checkpoint
+from collab.console import Console, show_log
+from collab.device import pick_device, pick_precision
+from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
+from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
+from collab.optimizer import make_optimizer, weight_decay_groups
+from collab.peer import Peer
+from collab.processes import StopSignal, guard_children, run_program
+from tasks import find_task
+
+
+def main() -> None:
+    given = parse(__doc__ or "", (*AGREED, PeerArguments, TrainerArguments))
+    network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
+    cache_dir = Path(network.cache_dir)
+    device = pick_device(mine.device)
+    precision = pick_precision(mine.precision, device)
+    if mine.threads:
+        torch.set_num_threads(mine.threads)
+    console, stop = Console(), StopSignal()
+    show_log()
+    guard_children()
+
+    # ---- join: find the swarm, learn what it trains
+    peer = Peer(**network.peer_options())
+    with contextlib.closing(peer):
+        if network.initial_peers:
+            manifest = fetch_manifest(peer)
+            refuse_contradictions(given, manifest.settings)
+            manifest.refuse_other_versions()
+        else:
+            settings = agreed_settings(given)
+            manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
+        settings, folder = manifest.settings, manifest.unpack(cache_dir)
+        manifest.serve(peer, folder)
+        run_id, last_step = settings["run_id"], settings["max_global_steps"]
+        peer.dht.add_validators(metrics_validators(run_id))
+        name = mine.public_name or peer.peer_id[-6:]
+        console.line(f"{name} joins the run {run_id} on {device} ({str(precision).removeprefix('torch.')})")
+        if not network.initial_peers:
+            console.line(f"Others join with:\n  {peer.join_command()}")
+
+        # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
+        task = find_task(settings["task"])(settings, folder, cache_dir)
+        task.model.to(device).train()
+        optimizer = make_optimizer(
+            peer,
+            weight_decay_groups(task.model, settings["weight_decay"]),
+            settings,
+            offload_optimizer=mine.offload_optimizer,
+            bandwidth=network.bandwidth,
+        )
+        stop.listen()
+        # Losses are scaled for float16 only; gradients are unscaled before hivemind adds them up.
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+        # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
+        try:
+            if network.initial_peers:
+                optimizer.load_state_from_peers()
+                console.line(f"Starting from global step {optimizer.local_epoch}")
+            step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
+            loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
+            batches = task.batches(mine.micro_batch_size, place=peer.peer_id)
+            while not stop and step < last_step:
+                batch = {key: tensor.to(device, non_blocking=True) for key, tensor in next(batches).items()}
+                optimizer.zero_grad()
+                with autocast:
+                    loss = task.loss(batch)
+                scaler.scale(loss).backward()
+                if scaler.is_enabled():
+                    scaler.unscale_(optimizer)
+                if gradients_are_finite(task.model):
+                    loss_sum += loss.item() * mine.micro_batch_size
+                    samples += mine.micro_batch_size
+                    optimizer.step(batch_size=mine.micro_batch_size)
+                else:
+                    skipped += 1  # a NaN must not reach the others; the next batch may be fine
+                if scaler.is_enabled():
+                    scaler.update()
+
+                progress = optimizer.tracker.global_progress
+                if optimizer.local_epoch == step:
+                    share = min(1.0, progress.samples_accumulated / settings["target_batch_size"])
+                    console.live(
+                        f"step {step + 1}: {share:4.0%}, {progress.num_peers} peers, {samples} samples of mine"
+                    )
+                    continue
+
+                # ---- report: the swarm made a global step, or this peer was behind and took over a newer state
+                step, report = optimizer.local_epoch, optimizer.last_round
+                if optimizer.states_loaded > states_loaded:
+                    console.line(f"Was behind: took over global step {step} from the others")
+                    states_loaded, loss_sum, samples = optimizer.states_loaded, 0.0, 0
+                    continue
+                if report is None:  # the first round is still being averaged in the background
+                    continue
+                samples_total += samples if report.applied or report.expected == 1 else 0
+                record = PeerRecord(
+                    name=name,
+                    peer_id=peer.peer_id,
+                    version=CODE_VERSION,
+                    step=step,
+                    loss=loss_sum / samples if samples else 0.0,
+                    samples=samples,
+                    samples_total=samples_total,
+                    samples_per_second=float(optimizer.tracker.performance_ema.samples_per_second),
+                    peers_met=report.met,
+                    peers_expected=report.expected,
+                    applied=report.applied,
+                    reason=report.reason[:200],
+                    skipped_batches=skipped,
+                    client_mode=network.client_mode,
+                    time=get_dht_time(),
+                )
+                publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
+                console.line(record.as_line(last_step))
+                loss_sum, samples = 0.0, 0
+
+            # ---- leave
+            if step >= last_step:
+                console.line(f"The run is complete after {step} global steps; handing over the last state ...")
+                wait_until_saved(peer, run_id, step, timeout=settings["averaging_timeout"], stop=stop)
+            if mine.save_dir:
+                state = {"run_id": run_id, "global_step": step, "samples": samples_total}
+                save_checkpoint(
+                    Path(mine.save_dir),
+                    save_pretrained=task.save_pretrained,
+                    optimizer_state=optimizer.state_dict(),
+                    trainer_state=state,
+                    model_card=f"The state of {name} when it left the run {run_id} at global step {step}.\n",
+                )
+            console.line(f"{name} gave {samples_total:,} samples to the common model. Thank you!")
+        finally:
+            optimizer.shutdown()
+
+
+def gradients_are_finite(model: torch.nn.Module) -> bool:
+    """One reduction over all gradients: the norm is finite if and only if every value is (or overflowed by summing)."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,71 @@
+"""What is trained: the Task protocol, and the registry that finds a task by its name."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from collab.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+
+TASKS = {"mlm": "tasks.mlm.task:MaskedLM"}
+"""Name in a run's YAML: where its class is. A new task is one folder and one line here."""
+
+
+class Task(Protocol):
+    """One thing to train. The programs use nothing of a task but this.
+
+    A task is built on every peer from the run's settings and from small files that are the same for all peers, so that
+    each peer has the same first weights, the same tokenizer and the same way to make samples.
+    """
+
+    model: torch.nn.Module
+
+    @staticmethod
+    def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
+        """Make the files that all peers share, for example a tokenizer. Runs once, at the peer that starts the run.
+
+        :param settings: the agreed arguments.
+        :param cache_dir: for intermediate results that are worth keeping on this machine.
+        :returns: {relative file name: content}, a few MB at most: every newcomer downloads them.
+        """
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
+        """Build the model with its first weights.
+
+        :param folder: holds the files that `prepare` returned.
+        """
+
+    def batches(self, micro_batch_size: int, place: str) -> Iterator[Batch]:
+        """An endless stream of micro-batches.
+
+        :param micro_batch_size: samples in each of them.
+        :param place: where in the data this peer is: peers with different places see different samples.
+        """
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss to minimise, a scalar: the mean over the samples of `batch`, which is on the model's device."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model, and what is needed to use it, such that plain transformers opens `folder`."""
+
+    def usage(self, name: str) -> str:
+        """Python that opens the model `name` (a folder, or a name on the Hub) and uses it; for the model card."""
+
+    def description(self) -> dict[str, str]:
+        """What the model card and the page say about it: {heading: text}."""
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of the task called `name`. :raises UserError: there is none."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"There is no task {name!r}.{hint} There are: {', '.join(TASKS)}. Set `task` to one of them.")
+    module, _, cls = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(module), cls)
+    return found

@@ -1,0 +1,168 @@
+"""Masked language modelling with sentence order, as ALBERT is trained (Lan et al. 2019)."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from collab.errors import UserError
+from tasks.mlm.instances import instances
+from tasks.mlm.masking import Vocabulary, collate
+from tasks.mlm.sources import Source, documents
+from tokenizer.train import train_tokenizer
+
+logger = logging.getLogger(__name__)
+disable_progress_bar()  # the bar of `save_pretrained` would draw over the console line of the run
+
+MEGABYTE = 10**6
+
+
+class MaskedLM:
+    """The masked LM task. See `tasks.Task` for what each method is for."""
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
+        self.settings, self.cache_dir = settings, cache_dir
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
+        torch.manual_seed(settings["seed"])
+        self.model: torch.nn.Module = AutoModelForPreTraining.from_config(config)
+
+    @staticmethod
+    def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
+        config = _read_model_config(Path(settings["model_config"]))
+        positions = config.get("max_position_embeddings", settings["seq_length"])
+        if settings["seq_length"] > positions:
+            raise UserError(
+                f"seq_length is {settings['seq_length']}, but the model in {settings['model_config']} has "
+                f"{positions} positions. Lower seq_length or raise max_position_embeddings."
+            )
+        with tempfile.TemporaryDirectory(prefix="samiti-") as scratch:
+            _open_tokenizer(settings, cache_dir).save_pretrained(scratch)
+            files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
+            config["vocab_size"] = len(AutoTokenizer.from_pretrained(scratch))
+        files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
+        return files
+
+    def batches(self, micro_batch_size: int, place: str) -> Iterator[dict[str, torch.Tensor]]:
+        seed = int.from_bytes(sha256(f"{self.settings['seed']} {place}".encode()).digest()[:8], "big")
+        rng = np.random.default_rng(seed)
+        texts = documents(
+            _sources(self.settings),
+            seed=self.settings["seed"],
+            place=place,
+            part="train",
+            cache_dir=self.cache_dir,
+            shuffle_buffer=self.settings["shuffle_buffer"],
+        )
+        vocabulary = Vocabulary.of(self.tokenizer)
+        stream = instances(texts, self.tokenizer, self.settings["seq_length"], rng)
+        while True:
+            yield collate(
+                list(islice(stream, micro_batch_size)),
+                vocabulary,
+                mask_probability=self.settings["mask_probability"],
+                rng=rng,
+            )
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            token_type_ids=batch["token_type_ids"],
+        )
+        total = cross_entropy(output.prediction_logits.flatten(0, 1).float(), batch["labels"].flatten())
+        order = batch["sentence_order_label"]
+        if (order >= 0).any():  # the mean over no label at all would be NaN
+            total = total + cross_entropy(output.sop_logits.float(), order)
+        return total
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    def usage(self, name: str) -> str:
+        return (
+            "from transformers import pipeline\n\n"
+            f'fill = pipeline("fill-mask", "{name}")\n'
+            'print(fill("The word that was [MASK] here."))'
+        )
+
+    def description(self) -> dict[str, str]:
+        config = self.model.config
+        parameters = sum(param.numel() for param in self.model.parameters())
+        return {
+            "Model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters",
+            "Objective": "masked language modelling with whole-word masks, and sentence order",
+            "Vocabulary": f"{config.vocab_size} entries",  # type: ignore[union-attr]
+            "Data": "; ".join(source.describe() for source in _sources(self.settings)),
+        }
+
+
+def _sources(settings: Mapping[str, Any]) -> list[Source]:
+    return [Source.from_mapping(mapping) for mapping in settings["sources"]]
+
+
+def _read_model_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The model config {path} cannot be read: {error.strerror}. Set model_config.") from error
+    except ValueError as error:
+        raise UserError(f"The model config {path} is not JSON: {error}. Mend the file.") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f'{path} is no model config: it needs at least "model_type", for example "albert".')
+    return config
+
+
+def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
+    name = settings["tokenizer"]
+    if name is None:
+        wanted = ("sources", "vocab_size", "tokenizer_megabytes", "lowercase", "seed")
+        recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)
+        folder = cache_dir / "tokenizers" / sha256(recipe.encode()).hexdigest()[:16]
+        if not folder.exists():
+            logger.info("Training a tokenizer of %d entries from the run's text", settings["vocab_size"])
+            texts = documents(
+                _sources(settings),
+                seed=settings["seed"],
+                place="tokenizer",
+                part="train",
+                cache_dir=cache_dir,
+                shuffle_buffer=settings["shuffle_buffer"],
+            )
+            train_tokenizer(
+                _up_to(texts, settings["tokenizer_megabytes"] * MEGABYTE),
+                folder,
+                vocab_size=settings["vocab_size"],
+                lowercase=settings["lowercase"],
+                seed=settings["seed"],
+            )
+        name = str(folder)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The tokenizer {name!r} cannot be opened: {str(error).splitlines()[0]} Set `tokenizer` to a folder or a "
+            f"name on the Hub, or leave it out to train one."
+        ) from error
+
+
+def _up_to(texts: Iterable[str], budget: float) -> Iterator[str]:
+    """Texts until `budget` bytes of UTF-8 have gone by."""
+    for text in texts:
+        if budget <= 0:
+            return
+        budget -= len(text.encode("utf-8"))
+        yield text

@@ -1,0 +1,204 @@
+"""A Hub of the tests' own: enough of its HTTP API for the real client to publish a model and to download it again."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+Tree = dict[str, bytes]
+
+
+@dataclass
+class Repo:
+    """Commits in their order, each the whole tree of files, and what `main` and the tags point to."""
+
+    commits: list[tuple[str, str, Tree]] = field(default_factory=list)  # (oid, message, files)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def oid(self, revision: str) -> str | None:
+        if revision == "main":
+            return self.commits[-1][0] if self.commits else "0" * 40
+        return self.tags.get(revision, revision if any(oid == revision for oid, _, _ in self.commits) else None)
+
+    def tree(self, revision: str) -> Tree:
+        return next((files for oid, _, files in self.commits if oid == self.oid(revision)), {})
+
+
+class HubServer:
+    """`with HubServer() as hub:` serves on hub.url; `hub.faults` holds the answers to give before any good one.
+
+    :param token: the one token that may write; reading is free.
+    """
+
+    def __init__(self, token: str = "hf_good") -> None:
+        self.token = token
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}  # LFS, by sha256
+        self.faults: deque[int] = deque()
+        self.requests: list[str] = []
+        self.paused = threading.Event()  # clear it to keep every answer waiting
+        self.paused.set()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.paused.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: ClassVar[HubServer]
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def handle_any(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        body = self._body()
+        hub.paused.wait()
+        hub.requests.append(f"{self.command} {path}")
+        if hub.faults:
+            return self._answer(hub.faults.popleft(), {"error": "fault of the test"})
+        writes = self.command not in ("GET", "HEAD") and not path.startswith("/lfs/")
+        if writes and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._answer(401, {"error": "Invalid username or password."})
+        for method, pattern, action in _ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and method in (self.command, "GET" if self.command == "HEAD" else None):
+                return action(self, body, *found.groups())
+        return self._answer(404, {"error": f"no such page: {self.command} {path}"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def create_repo(self, body: bytes) -> None:
+        wanted = json.loads(body)
+        name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+        status = 409 if name in self.hub.repos else 200
+        self.hub.repos.setdefault(name, Repo())
+        self._answer(status, {"url": f"{self.hub.url}/{name}", "id": name})
+
+    def validate_yaml(self, body: bytes) -> None:
+        self._answer(200, {"errors": [], "warnings": []})
+
+    def preupload(self, body: bytes, name: str, revision: str) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._answer(200, {"files": files})
+
+    def lfs_batch(self, body: bytes, name: str) -> None:
+        objects: list[dict[str, Any]] = []
+        for wanted in json.loads(body)["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}", "header": {}}}
+            objects.append({**wanted} if wanted["oid"] in self.hub.objects else {**wanted, "actions": upload})
+        self._answer(200, {"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, body: bytes, oid: str) -> None:
+        good = hashlib.sha256(body).hexdigest() == oid
+        if good:
+            self.hub.objects[oid] = body
+        self._answer(200 if good else 400, {})
+
+    def commit(self, body: bytes, name: str, revision: str) -> None:
+        repo, files, message = self.hub.repos[name], dict(self.hub.repos[name].tree("main")), ""
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                message = value["summary"]
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        oid = hashlib.sha1(f"{name} {len(repo.commits)}".encode()).hexdigest()
+        repo.commits.append((oid, message, files))
+        self._answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
+
+    def tag(self, body: bytes, name: str, revision: str) -> None:
+        tag = json.loads(body)["tag"]
+        status = 409 if tag in self.hub.repos[name].tags else 200
+        self.hub.repos[name].tags.setdefault(tag, self.hub.repos[name].oid(revision) or "")
+        self._answer(status, {})
+
+    def model_info(self, body: bytes, name: str, revision: str | None = None) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None or repo.oid(revision or "main") is None:
+            return self._answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+        siblings = [{"rfilename": path} for path in repo.tree(revision or "main")]
+        self._answer(200, {"id": name, "sha": repo.oid(revision or "main"), "siblings": siblings, "tags": []})
+
+    def tree(self, body: bytes, name: str, revision: str, folder: str | None = None) -> None:
+        files = self.hub.repos[name].tree(revision)
+        inside = {path: data for path, data in files.items() if folder is None or path.startswith(f"{folder}/")}
+        if folder is not None and not inside:
+            return self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+        entries = [
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in inside.items()
+        ]
+        self._answer(200, entries)
+
+    def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            return self._answer(404, {"error": "no such repository"}, {"X-Error-Code": "RepoNotFound"})
+        data = repo.tree(revision).get(path)
+        if data is None:
+            return self._answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        headers = {"X-Repo-Commit": repo.oid(revision) or "", "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        self._answer(200, data, headers)
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+_NAME = r"([\w.-]+/[\w.-]+)"
+_ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("POST", r"/api/repos/create", _Handler.create_repo),
+    ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
+    ("POST", rf"/api/models/{_NAME}/preupload/([^/]+)", _Handler.preupload),
+    ("POST", rf"/api/models/{_NAME}/commit/([^/]+)", _Handler.commit),
+    ("POST", rf"/api/models/{_NAME}/tag/([^/]+)", _Handler.tag),
+    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("PUT", r"/lfs/(\w+)", _Handler.lfs_put),
+    ("GET", rf"/api/models/{_NAME}", _Handler.model_info),
+    ("GET", rf"/api/models/{_NAME}/revision/([^/]+)", _Handler.model_info),
+    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    ("GET", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+]
