@@ -7,6 +7,7 @@ the volunteers with the run manifest. What concerns one machine only (`PeerArgum
 
 import difflib
 import json
+import math
 import types
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,11 @@ class YamlMapping(dict):
     """A mapping as an item of a list such as `sources`; on a command line `'{hub: org/name, weight: 2}'`."""
 
     def __init__(self, given: str | Mapping[str, Any]) -> None:
-        value = yaml.safe_load(given) if isinstance(given, str) else given
+        try:
+            value = yaml.safe_load(given) if isinstance(given, str) else given
+            json.dumps(value)  # YAML knows dates, which the manifest cannot hold
+        except (yaml.YAMLError, TypeError) as error:
+            raise ValueError(str(error)) from error
         if not isinstance(value, Mapping):
             raise ValueError(f"{given!r} is not a mapping such as '{{hub: org/name, column: text}}'")
         super().__init__(value)
@@ -94,7 +99,8 @@ class MLMArguments:
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")
         require(self.vocab_size >= 64, "vocab_size", self.vocab_size, "at least 64")
         require(self.tokenizer_megabytes > 0, "tokenizer_megabytes", self.tokenizer_megabytes, "above 0")
-        require(self.seq_length >= 16, "seq_length", self.seq_length, "at least 16")
+        long_enough = self.seq_length >= 16 and self.seq_length % 8 == 0  # batches are padded to a multiple of 8
+        require(long_enough, "seq_length", self.seq_length, "at least 16, and a multiple of 8")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
 
@@ -307,7 +313,10 @@ def read_config(path: Path) -> dict[str, Any]:
 def pick(cls: type[T], given: Mapping[str, Any]) -> T:
     """Build dataclass `cls` from the keys of `given` that are its own; the others keep their defaults."""
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{key: value for key, value in given.items() if key in names})
+    own = {key: value for key, value in given.items() if key in names}
+    for key, value in own.items():  # float("inf") is a number to argparse and YAML, but not to JSON
+        require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
+    return cls(**own)
 
 
 def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,4 +380,4 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, options))
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    return names.get(hint, "a mapping such as {embedded: true}")
+    return names.get(hint, "a mapping such as {embedded: true}, with dates in quotes")

@@ -50,8 +50,9 @@ def main() -> None:
         began = time.monotonic()
         manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
         console.line(f"Tokenizer and model config are ready after {duration(time.monotonic() - began)}")
-        if network.identity_path is None:  # the same peer id, and so the same join line, after a restart
-            network.identity_path = str(run_folder / "identity.key")
+    if network.identity_path is None and (mine.run_folder or "run_id" in given):
+        # the same peer id, and with a fixed port the same join line, after a restart
+        network.identity_path = str(Path(mine.run_folder or f"runs/{given['run_id']}", "identity.key"))
     peer = Peer(**network.peer_options())
     with contextlib.closing(peer):
         if network.initial_peers:

@@ -84,7 +84,8 @@ def main() -> None:
                 console.line(f"Starting from global step {optimizer.local_epoch}")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
-            batches = task.batches(mine.micro_batch_size, place=peer.peer_id)
+            # With the step in its place, a peer that comes back does not see its first samples again.
+            batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
             while not stop and step < last_step:
                 batch = {key: tensor.to(device, non_blocking=True) for key, tensor in next(batches).items()}
                 optimizer.zero_grad()
@@ -99,6 +100,8 @@ def main() -> None:
                     optimizer.step(batch_size=mine.micro_batch_size)
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
+                    if skipped & (skipped - 1) == 0:  # at 1, 2, 4, 8, ... of them
+                        console.line(f"{skipped} micro-batches with a NaN or infinite gradient were dropped so far")
                 if scaler.is_enabled():
                     scaler.update()
 

@@ -44,12 +44,20 @@ class Console:
 
 
 def show_log() -> None:
-    """Print what this project's own modules log, from INFO up, and only warnings of everybody else's."""
+    """Print what this project's own modules log, from INFO up, and warnings of hivemind's, one line each."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("collab", "tasks", "tokenizer"):
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(handler)
+    for theirs in logging.getLogger("hivemind").handlers:
+        theirs.addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Peers vanish all the time; hivemind logs each lost connection with its whole stack."""
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def bar(share: float, width: int = 20) -> str:
@@ -61,10 +69,11 @@ def bar(share: float, width: int = 20) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people: 42 s, 3:07 min, 5:12 h, 3.4 days."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min"
-    if seconds < 2 * 86400:
-        return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    if whole < 2 * 86400:
+        return f"{whole // 3600}:{whole % 3600 // 60:02} h"
     return f"{seconds / 86400:.1f} days"

@@ -1,7 +1,6 @@
 """The run manifest: everything that the peers of one run have to agree on, in one document."""
 
 import base64
-import binascii
 import hashlib
 import json
 import zlib
@@ -56,12 +55,19 @@ class Manifest:
         """Read what another peer sent. :raises ValueError: it is not a manifest."""
         try:
             unpacker = zlib.decompressobj()
-            document = json.loads(unpacker.decompress(data, MAX_DOCUMENT_BYTES))
+            text = unpacker.decompress(data, MAX_DOCUMENT_BYTES)
+            if not unpacker.eof:
+                raise ValueError(f"it is cut, or larger than {MAX_DOCUMENT_BYTES} bytes")
+            document = json.loads(text)
             files = {_safe_name(name): base64.b64decode(text) for name, text in document["files"].items()}
-            settings, versions = dict(document["settings"]), dict(document["versions"])
-        except (zlib.error, binascii.Error, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            # A list of pairs would pass for a mapping, were it not for the `**`.
+            manifest = cls(settings={**document["settings"]}, files=files, versions={**document["versions"]})
+            if "/" in _safe_name(manifest.settings["run_id"]):  # it names a folder, too
+                raise ValueError(f"unsafe run id {manifest.settings['run_id']!r}")
+            manifest._document()  # JSON can hold half a character, which UTF-8 and file names cannot
+        except (zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"it is not a run manifest ({type(error).__name__}: {error})") from error
-        return cls(settings=settings, files=files, versions=versions)
+        return manifest
 
     def unpack(self, cache_dir: Path) -> Path:
         """Write the shared files below `cache_dir` and return their folder. Does nothing if they are there already."""
@@ -115,6 +121,6 @@ def fetch_manifest(peer: Peer, timeout: float = 30.0) -> Manifest:
 def _safe_name(name: str) -> str:
     """A stranger's file name must stay inside the folder that it is unpacked to."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+    if path.is_absolute() or ".." in path.parts or not path.parts or set(name) & set("\\:\0"):
         raise KeyError(f"unsafe file name {name!r}")
     return str(path)

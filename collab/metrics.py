@@ -6,9 +6,9 @@ import time
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.utils import ValueWithExpiration, get_dht_time
-from pydantic.v1 import BaseModel, StrictBool, StrictStr, ValidationError, confloat, conint, constr
+from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, constr
 
-from collab.peer import Peer
+from collab.peer import Peer, peer_id_of_key
 from collab.processes import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,9 @@ class PeerRecord(BaseModel):
     samples_total: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Samples of this session that were really averaged into the common model."""
     samples_per_second: confloat(strict=True, ge=0.0, le=1e9)  # type: ignore[valid-type]
-    peers_met: conint(strict=True, ge=0, le=10**6)  # type: ignore[valid-type]
-    """Peers in the group that averaged this step, this one included; 0 when no round took place."""
-    peers_expected: conint(strict=True, ge=0, le=10**6)  # type: ignore[valid-type]
+    peers_met: conint(strict=True, ge=1, le=10**6)  # type: ignore[valid-type]
+    """Peers whose gradients are in this peer's step, itself included: 1 if it made the step alone."""
+    peers_expected: conint(strict=True, ge=1, le=10**6)  # type: ignore[valid-type]
     """Peers that reported progress for this step when the round began, this one included."""
     applied: StrictBool
     """Whether the averaged gradient, rather than this peer's own, went into the step."""
@@ -43,7 +43,7 @@ class PeerRecord(BaseModel):
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
-    reason: StrictStr = ""
+    reason: constr(strict=True, max_length=200) = ""  # type: ignore[valid-type]
     """Why the round was not applied, in a few words; empty if it was."""
 
     @property
@@ -56,7 +56,7 @@ class PeerRecord(BaseModel):
         verdict = "" if self.applied or self.peers_expected == 1 else f"  NOT averaged: {self.reason or 'no group'}"
         return (
             f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.samples_per_second:.0f} samples/s  "
-            f"peers {self.peers_met or 1}/{self.peers_expected}  {self.samples_total:,} samples given{verdict}"
+            f"peers {self.peers_met}/{self.peers_expected}  {self.samples_total:,} samples given{verdict}"
         )
 
 
@@ -86,10 +86,14 @@ def read_records(peer: Peer, run_id: str) -> list[PeerRecord]:
     if not isinstance(answer, ValueWithExpiration) or not isinstance(answer.value, dict):
         return []
     records = []
-    for entry in answer.value.values():
+    for key, entry in answer.value.items():
         try:
-            records.append(PeerRecord.parse_obj(entry.value))
-        except ValidationError as error:
+            record = PeerRecord.parse_obj(entry.value)
+            # The signature tells who wrote it, and contributions are counted by what it says.
+            if record.peer_id != peer_id_of_key(key):
+                raise ValueError(f"it claims the peer id {record.peer_id} under the key of another")
+            records.append(record)
+        except (ValidationError, ValueError) as error:
             logger.debug("A metrics record was left out: %s", error)
     return records
 

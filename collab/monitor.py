@@ -87,8 +87,9 @@ class Monitor:
         done = []
         for step in sorted(self._open):
             everybody = all(record.step >= step for record in records)
-            if everybody or time.monotonic() - self._since[step] >= PATIENCE:
-                done.append(_summarize(step, list(self._open.pop(step).values())))
+            if not everybody and time.monotonic() - self._since[step] < PATIENCE:
+                break  # a later step waits for this one: history is in order
+            done.append(_summarize(step, list(self._open.pop(step).values())))
         self.history += done
         return done
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,9 @@ from collab.peer import Peer
 
 logger = logging.getLogger(__name__)
 
+# A newcomer moves its schedule to the swarm's global step before its own first update, and has to.
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step")
+
 ParamGroups = Sequence[dict[str, Any]]
 
 CODECS: dict[str, CompressionBase] = {
@@ -35,7 +39,7 @@ class RoundReport:
     step: int
     """The global step that this round made; the first one is 1."""
     met: int
-    """Peers in the group, this one included; 0 if there was no round."""
+    """Peers whose gradients are in the step, this one included: 1 if it was made alone."""
     expected: int
     """Peers that reported progress when the round began, this one included."""
     applied: bool
@@ -47,11 +51,14 @@ class RoundReport:
 
 
 class Averager(GradientAverager):
-    """hivemind's gradient averager, which can fall back to this peer's own gradients.
+    """hivemind's gradient averager, with two repairs. Every peer of a swarm has to use this very class.
 
-    The optimizer zeroes the accumulators as soon as a round begins (`step(reset_accumulators=True)`), so that a failed
-    round would go on with gradients of zero (hivemind 1.1.12, optim/optimizer.py:529 and 611). A copy taken before the
-    round is put back instead. It costs one more set of gradients in RAM.
+    - *Zero gradients.* The optimizer empties the accumulators as soon as a round begins, so a round that fails would go
+      on with gradients of zero (hivemind 1.1.12, optim/optimizer.py:529 and 611). A copy taken before the round is put
+      back instead; it costs one more set of gradients in RAM.
+    - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
+      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
+      samples.
     """
 
     _before_round: list[torch.Tensor] | None = None
@@ -59,18 +66,18 @@ class Averager(GradientAverager):
     @torch.no_grad()
     def load_accumulators_into_averager_(self) -> None:
         """Put this peer's mean gradient where the average will be."""
-        if self.local_times_accumulated == 0 and self._before_round is not None:
-            with self.get_tensors() as tensors:
-                for tensor, own in zip(tensors, self._before_round, strict=True):
-                    tensor.copy_(own)
-            return
-        super().load_accumulators_into_averager_()
+        if self.local_samples_accumulated > 0:
+            # Accumulated is the sum of (micro-batch size / anchor) * gradient.
+            scale = self._anchor_batch_size / self.local_samples_accumulated
+            own = [(accumulator * scale).to("cpu") for accumulator in self._grad_accumulators()]
+            self._before_round = own
+        elif self._before_round is not None:
+            own = self._before_round
+        else:
+            return super().load_accumulators_into_averager_()
         with self.get_tensors() as tensors:
-            if self._before_round is None:
-                self._before_round = [tensor.clone() for tensor in tensors]
-            else:
-                for own, tensor in zip(self._before_round, tensors, strict=True):
-                    own.copy_(tensor)
+            for tensor, gradient in zip(tensors, own, strict=True):
+                tensor.copy_(gradient)
 
 
 class SwarmOptimizer(hivemind.Optimizer):
@@ -96,7 +103,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             # Upstream loads the accumulated gradient only if matchmaking was still going on; otherwise the step would
             # use the last micro-batch alone (optim/optimizer.py:538-548).
             self._load_local_gradients_into_optimizer()
-            self._report(met=0, reason="" if self._expected == 1 else "the round could not begin")
+            self._report(met=1, reason="" if self._expected == 1 else "the round could not begin")
         return bool(began)
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
@@ -107,7 +114,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             self._report(met=len(group), reason="")
         except BaseException as error:
             self._load_local_gradients_into_optimizer()
-            self._report(met=0, reason=str(error) or type(error).__name__)
+            self._report(met=1, reason=str(error) or type(error).__name__)
             logger.warning("Round %d was not averaged: %r", self._round_step, error)
             if not isinstance(error, Exception):
                 raise
@@ -186,6 +193,7 @@ def make_optimizer(
             betas=(settings["adam_beta1"], settings["adam_beta2"]),
             eps=settings["adam_epsilon"],
         )
+        _make_state(inner)
         if settings["max_grad_norm"] > 0:
             inner.register_step_pre_hook(partial(_clip, settings["max_grad_norm"]))
         return inner
@@ -243,7 +251,7 @@ def linear_schedule(warmup_steps: int, total_steps: int, floor: float) -> Callab
 
 def weight_decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups in which biases and every normalisation layer, told by module type, have no weight decay."""
-    norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
+    norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._NormBase)
     undecayed = {
         id(param)
         for module in model.modules()
@@ -255,6 +263,26 @@ def weight_decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dic
         {"params": [param for param in params if id(param) not in undecayed], "weight_decay": weight_decay},
         {"params": [param for param in params if id(param) in undecayed], "weight_decay": 0.0},
     ]
+
+
+def _make_state(inner: torch.optim.Optimizer) -> None:
+    """Give every parameter its (zero) optimizer state, so that there is something to load a newcomer's state into.
+
+    Left to itself hivemind makes one real step with gradients of zero (optim/state_averager.py): weight decay would
+    change the weights that were just loaded from a checkpoint, and the bias correction would be one step ahead.
+    """
+    params = [param for group in inner.param_groups for param in group["params"]]
+    gradients, rates = [param.grad for param in params], [group["lr"] for group in inner.param_groups]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+    inner.step()
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+        inner.state[param]["step"].zero_()
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _clip(max_norm: float, inner: torch.optim.Optimizer, *_: Any) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import re
 import socket
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from hivemind import DHT
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
@@ -20,6 +23,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.networking import choose_ip_address
 
 from collab.errors import UserError
+from collab.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +143,19 @@ def peer_id_in(address: str) -> str:
     return str(Multiaddr(address)["p2p"])
 
 
+def peer_id_of_key(signature_key: bytes) -> str:
+    """The peer id of whoever signs under `signature_key`: the hash of the same public key, in libp2p's own format.
+
+    :raises ValueError: it is no such key.
+    """
+    found = re.fullmatch(rb"\[owner:(ssh-rsa [^\]]+)\]", signature_key)
+    if found is None:
+        raise ValueError("not the key of a signed record")
+    key = load_ssh_public_key(found[1]).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    content = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=key).SerializeToString()
+    return str(PeerID(bytes([0x12, 32]) + sha256(content).digest()))  # a multihash: SHA-256, 32 bytes
+
+
 def _protocols(address: Multiaddr) -> list[str]:
     return [protocol.name for protocol in address.protocols()]
 
@@ -177,12 +194,14 @@ def _load_or_make_identity(path: Path) -> RSAPrivateKey:
     """The private key in `path`, in libp2p's own format, which p2pd reads too."""
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            P2P.generate_identity(str(path))
+            with replacing(path) as scratch:
+                P2P.generate_identity(str(scratch))
         content = crypto_pb2.PrivateKey.FromString(path.read_bytes())
         key = RSAPrivateKey.__new__(RSAPrivateKey)
         key.__setstate__({"_private_key": content.data})
         return key
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"The identity file {path} cannot be used: {error}. Give another --identity_path.") from error
     except Exception as error:

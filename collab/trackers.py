@@ -118,7 +118,9 @@ class TrackioTracker:
                 trackio.finish()
 
     def where(self) -> str:
-        return f"TRACKIO_DIR={shlex.quote(str(self._folder))} trackio show --project {shlex.quote(self._project)}"
+        here = Path.cwd()
+        folder = self._folder.relative_to(here) if self._folder.is_relative_to(here) else self._folder
+        return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(self._project)}"
 
 
 class WandbTracker:

@@ -36,16 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="the run's YAML file")
     parser.add_argument("--trainers", type=int, default=2, help="how many trainers to start")
-    parser.add_argument(
-        "--run_folder", type=Path, help="where the run is kept; it is emptied first. Default: runs/RUN_ID"
-    )
+    parser.add_argument("--run_folder", type=Path, help="where to keep the run; emptied first. Default: runs/RUN_ID")
     parser.add_argument(
         "--keep_weights", action="store_true", help="trainers save their last weights in RUN_FOLDER/peers"
     )
     parser.add_argument("rest", nargs="*", help="further options for every peer, after `--`")
     options = parser.parse_args(argv)
+    options.config, options.run_folder = (path and path.absolute() for path in (options.config, options.run_folder))
     config = read_config(options.config)
-    run_folder: Path = options.run_folder or ROOT / "runs" / config.get("run_id", "run")
+    os.chdir(ROOT)  # so that every path that people see is short
+    run_folder: Path = options.run_folder or Path("runs", config.get("run_id", "run"))
     remove_old_run(run_folder)
     logs = run_folder / "logs"
     logs.mkdir(parents=True)
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def start(program: str, *arguments: str, log: Path | None) -> subprocess.Popen[bytes]:
             output = stack.enter_context(log.open("wb")) if log else None
-            command = [sys.executable, str(ROOT / program), *arguments, *options.rest]
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+            command = [sys.executable, program, *arguments, *options.rest]
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             stack.callback(end, process)
             return process
 

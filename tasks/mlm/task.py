@@ -141,6 +141,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
                 part="train",
                 cache_dir=cache_dir,
                 shuffle_buffer=settings["shuffle_buffer"],
+                endless=False,
             )
             train_tokenizer(
                 _up_to(texts, settings["tokenizer_megabytes"] * MEGABYTE),

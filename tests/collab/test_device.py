@@ -1,0 +1,61 @@
+"""Which device and which precision a peer computes in."""
+
+import pytest
+import torch
+
+from collab.device import pick_device, pick_precision
+from collab.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu,cuda", "mps:x", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused_by_its_name(name):
+    with pytest.raises(UserError) as caught:
+        pick_device(name)
+    message = str(caught.value)
+    assert repr(name) in message and "--device" in message and "\n" not in message
+
+
+def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+
+
+def test_auto_takes_the_first_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(device))
+    assert pick_device("auto").type == "cuda" and asked == [torch.device("cuda")]
+
+
+def test_a_named_device_is_taken():
+    assert pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [
+        pytest.param((6, 0), torch.float16, id="P100"),
+        pytest.param((7, 5), torch.float16, id="T4"),
+        pytest.param((8, 0), torch.bfloat16, id="A100"),
+        pytest.param((8, 6), torch.bfloat16, id="RTX 3090"),
+        pytest.param((9, 0), torch.bfloat16, id="H100"),
+        pytest.param((12, 0), torch.bfloat16, id="RTX 5090"),
+    ],
+)
+def test_the_precision_follows_what_the_gpu_computes_in(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision("auto", CUDA) is precision
+
+
+def test_other_devices_compute_in_float32():
+    assert pick_precision("auto", CPU) is torch.float32
+    assert pick_precision("auto", torch.device("mps")) is torch.float32
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_wish_is_granted(name):
+    for device in (CPU, CUDA):
+        assert pick_precision(name, device) is getattr(torch, name)

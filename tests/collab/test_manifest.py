@@ -1,0 +1,203 @@
+"""The run manifest: what arrives is what was sent, and what a stranger sends instead is refused whole."""
+
+import base64
+import json
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pytest
+
+import collab.manifest
+from collab.errors import UserError
+from collab.manifest import Manifest
+
+SETTINGS = {"run_id": "ours", "seed": 0, "learning_rate": 0.00176, "tokenizer": None, "sources": [{"embedded": True}]}
+FILES = {"config.json": b"{}", "spiece.model": bytes(range(256)), "sub/নাম.txt": "নদী".encode()}
+
+
+def manifest(**changes) -> Manifest:
+    return Manifest(**{"settings": SETTINGS, "files": FILES, "versions": {"samiti": "1", "torch": "2"}, **changes})
+
+
+def document(**changes) -> bytes:
+    """A document as it travels, made by somebody who does not use our code."""
+    files = {name: base64.b64encode(content).decode() for name, content in FILES.items()}
+    content = {"settings": SETTINGS, "files": files, "versions": {"samiti": "1"}, **changes}
+    return zlib.compress(json.dumps({key: value for key, value in content.items() if value is not None}).encode())
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- our own -----------------------------------------------------------------------------------------------------
+
+
+def test_what_arrives_is_what_was_sent():
+    sent = manifest()
+    arrived = Manifest.from_bytes(sent.to_bytes())
+    assert arrived == sent and arrived.fingerprint == sent.fingerprint
+
+
+def test_a_document_of_another_program_can_be_read():
+    assert Manifest.from_bytes(document()) == manifest(versions={"samiti": "1"})
+
+
+def test_versions_are_those_of_what_decides_about_numbers():
+    versions = Manifest({}, {}).versions
+    assert {"samiti", "hivemind", "torch", "transformers", "tokenizers"} <= versions.keys()
+    assert "+" not in versions["torch"], "a build for another GPU is the same version"
+
+
+def test_the_fingerprint_depends_on_everything():
+    fingerprints = {
+        each.fingerprint
+        for each in (
+            manifest(),
+            manifest(settings=SETTINGS | {"seed": 1}),
+            manifest(settings=SETTINGS | {"more": 1}),
+            manifest(settings=SETTINGS | {"sources": [{"embedded": True, "weight": 2}]}),
+            manifest(files=FILES | {"config.json": b"{ }"}),
+            manifest(files=FILES | {"more": b""}),
+            manifest(files={name.replace("config", "other"): content for name, content in FILES.items()}),
+            manifest(versions={"samiti": "1", "torch": "3"}),
+        )
+    }
+    assert len(fingerprints) == 8
+
+
+def test_the_fingerprint_does_not_depend_on_order():
+    settings, files = (dict(reversed(mapping.items())) for mapping in (SETTINGS, FILES))
+    assert manifest(settings=settings, files=files).fingerprint == manifest().fingerprint
+
+
+# ---- a stranger's ------------------------------------------------------------------------------------------------
+
+
+def zipped(text: str | bytes) -> bytes:
+    return zlib.compress(text.encode() if isinstance(text, str) else text)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"GET / HTTP/1.1", id="not zlib"),
+        pytest.param(manifest().to_bytes()[:-40], id="cut"),
+        pytest.param(zipped(b"\xff\xfe\x00"), id="not UTF-8"),
+        pytest.param(zipped("not JSON"), id="not JSON"),
+        pytest.param(zipped("[" * 200_000), id="nested without end"),
+        pytest.param(zipped("[]"), id="a list"),
+        pytest.param(zipped("null"), id="null"),
+        pytest.param(document(settings=None), id="without settings"),
+        pytest.param(document(files=None), id="without files"),
+        pytest.param(document(versions=None), id="without versions"),
+        pytest.param(document(settings={}), id="settings without a run id"),
+        pytest.param(document(settings=7), id="settings are a number"),
+        pytest.param(document(settings=[["run_id", "ours"]]), id="settings are pairs"),
+        pytest.param(document(settings=SETTINGS | {"run_id": 7}), id="the run id is a number"),
+        pytest.param(document(settings=SETTINGS | {"x": "\ud800"}), id="half a character"),
+        pytest.param(document(versions="1"), id="versions are text"),
+        pytest.param(document(versions=[["samiti", "1"]]), id="versions are pairs"),
+        pytest.param(document(files=["config.json"]), id="files are a list"),
+        pytest.param(document(files={"config.json": 7}), id="content is a number"),
+        pytest.param(document(files={"config.json": None}), id="content is null"),
+        pytest.param(document(files={"config.json": "a"}), id="content is not base64"),
+        pytest.param(document(files={"config.json": "নদী"}), id="content is not ASCII"),
+    ],
+)
+def test_what_is_no_manifest_is_a_value_error(data):
+    with pytest.raises(ValueError):
+        Manifest.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../up", "a/../../up", "..", "/etc/passwd", "//host/share", "", ".", "a\0b"),
+        *("..\\up", "a\\..\\..\\up", "C:\\up", "C:up", "C:/up", "\\\\host\\share", "file:stream"),
+    ],
+)
+def test_a_file_name_that_leaves_its_folder_is_refused(name):
+    with pytest.raises(ValueError):
+        Manifest.from_bytes(document(files={name: ""}))
+
+
+@pytest.mark.parametrize("run_id", ["../../up", "/up", "a/b", "..", "", "a\\b", "C:up"])
+def test_a_run_id_that_leaves_its_folder_is_refused(run_id):
+    """It becomes a part of the folder's name."""
+    with pytest.raises(ValueError):
+        Manifest.from_bytes(document(settings=SETTINGS | {"run_id": run_id}))
+
+
+def test_a_small_answer_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(collab.manifest, "MAX_DOCUMENT_BYTES", 10**6)
+    good = zlib.decompress(document())
+    Manifest.from_bytes(zlib.compress(good + b" " * 10**5))
+    bomb = zlib.compress(good + b" " * 200 * 10**6)
+    assert len(bomb) < 250_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            Manifest.from_bytes(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 10**6
+    finally:
+        tracemalloc.stop()
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------------
+
+
+def test_unpacking_writes_the_files_and_the_document(tmp_path):
+    folder = manifest().unpack(tmp_path)
+    written = all_files(folder)
+    assert Manifest.from_bytes(written.pop("manifest.bin")) == manifest()
+    assert written == FILES
+    assert folder.name.startswith("ours-") and list(folder.parent.iterdir()) == [folder]
+
+
+def test_unpacking_again_changes_nothing(tmp_path):
+    folder = manifest().unpack(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert manifest().unpack(tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_another_manifest_of_the_same_name_has_a_folder_of_its_own(tmp_path):
+    first = manifest().unpack(tmp_path)
+    second = manifest(files={"config.json": b"[]"}).unpack(tmp_path)
+    assert first != second and (first / "config.json").read_bytes() == b"{}"
+
+
+def test_a_disk_that_fills_up_leaves_no_half_folder(tmp_path, monkeypatch):
+    write = Path.write_bytes
+    written: list[Path] = []
+
+    def write_two(path, content):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_two)
+    with pytest.raises(UserError, match="No space left"):
+        manifest().unpack(tmp_path)
+    assert len(written) == 2 and all_files(tmp_path) == {} and list((tmp_path / "runs").iterdir()) == []
+
+
+# ---- versions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_versions_are_welcome():
+    Manifest({}, {}).refuse_other_versions()
+
+
+def test_other_versions_are_refused_by_name():
+    here = Manifest({}, {}).versions
+    with pytest.raises(UserError) as caught:
+        manifest(versions=here | {"torch": "1.0.0", "samiti": "99"}).refuse_other_versions()
+    message = str(caught.value)
+    assert f"torch: here {here['torch']}, in the run 1.0.0" in message
+    assert f"samiti: here {here['samiti']}, in the run 99" in message
+    assert "hivemind" not in message

@@ -1,0 +1,1 @@
+"""Tests with real peers, each an operating system process of its own."""

@@ -1,0 +1,90 @@
+"""Start real programs, wait for conditions with a limit, and leave nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
+
+
+class Program:
+    """One running program with its log file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+        self.name, self.log = name, log
+        self._file = log.open("wb")
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdout=self._file, stderr=self._file, cwd=ROOT, env=environment
+        )
+        self.family: dict[int, psutil.Process] = {}
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def remember_family(self) -> None:
+        """Note every process that belongs to this one now, to check later that all are gone."""
+        try:
+            me = psutil.Process(self.process.pid)
+            for process in [me, *me.children(recursive=True)]:
+                self.family[process.pid] = process
+        except psutil.NoSuchProcess:
+            pass
+
+    def wait_for_output(self, text: str, timeout: float = 60.0, times: int = 1) -> None:
+        def there() -> bool:
+            assert self.process.poll() is None or self.output().count(text) >= times, (
+                f"{self.name} ended with {self.process.returncode} before it wrote {text!r}:\n{self.output()}"
+            )
+            return self.output().count(text) >= times
+
+        wait_until(there, timeout, lambda: f"{self.name} did not write {text!r}:\n{self.output()}")
+        self.remember_family()
+
+    def wait(self, timeout: float = 60.0) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end within {timeout:.0f} s:\n{self.output()}") from None
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        self.remember_family()
+        self.process.send_signal(number)
+
+    def survivors(self) -> list[str]:
+        """Processes of the family that are still there; zombies that only wait for init do not count."""
+        return [" ".join(process.cmdline()) for process in self.family.values() if is_running(process)]
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.remember_family()
+            self.process.kill()
+            self.process.wait()
+        self._file.close()
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout: float, message: Callable[[], str]) -> None:
+    """Bounded wait on a condition."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, message()
+        time.sleep(0.05)
+
+
+def assert_no_survivors(program: Program) -> None:
+    """Nothing of a program is left five seconds after it ended."""
+    wait_until(lambda: not program.survivors(), 5, lambda: f"{program.name} left behind: {program.survivors()}")

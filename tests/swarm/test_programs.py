@@ -1,0 +1,108 @@
+"""The two programs together: joining late, saving and resuming, bad gradients, leaving."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from collab.trackers import read_history
+from tests.swarm.conftest import Swarm
+from tests.swarm.processes import assert_no_survivors
+
+pytestmark = pytest.mark.swarm
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() <= tolerance, name
+
+
+def test_a_late_joiner_takes_over_the_state_and_ends_with_the_same_weights(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=8))
+    early = swarm.start_trainer("early", address, "--save_dir", str(swarm.folder / "early"))
+    early.wait_for_output("step 2/8")
+    late = swarm.start_trainer("late", address, "--save_dir", str(swarm.folder / "late"))
+    late.wait_for_output("Starting from global step")
+    start = int(late.output().split("Starting from global step ")[1].split()[0])
+    assert start >= 2, late.output()
+    assert [early.wait(), late.wait(), auxiliary.wait()] == [0, 0, 0], late.output()
+
+    history = read_history(swarm.folder / "run" / "metrics.jsonl")
+    assert [entry["step"] for entry in history] == list(range(1, 9))
+    assert history[0]["peers_expected"] == 1 and history[-1]["peers_met"] == 2
+    # Uncompressed averaging still rounds in another order on each peer, and AdamW magnifies it where gradients vanish.
+    assert_equal_weights(swarm.folder / "early", swarm.folder / "late", tolerance=2e-3)
+    assert_equal_weights(swarm.folder / "early", swarm.folder / "run" / "checkpoints" / "step-0000008", tolerance=2e-3)
+    assert "1 ALONE" not in auxiliary.output() and "NOT averaged" not in early.output() + late.output()
+
+
+def test_a_swarm_resumes_from_a_checkpoint_at_the_same_step_with_the_same_weights(swarm: Swarm) -> None:
+    config = swarm.configure(max_global_steps=3)
+    auxiliary, address = swarm.start_auxiliary(config)
+    trainer = swarm.start_trainer("first", address, "--save_dir", str(swarm.folder / "first"))
+    assert [trainer.wait(), auxiliary.wait()] == [0, 0], trainer.output()
+    checkpoint = swarm.folder / "run" / "checkpoints" / "step-0000003"
+    assert_equal_weights(swarm.folder / "first", checkpoint)
+    summary = json.loads((swarm.folder / "run" / "summary.json").read_text())
+    assert summary["global_steps"] == 3 and summary["checkpoint"] == str(checkpoint)
+
+    config = swarm.configure(max_global_steps=5)
+    auxiliary, address = swarm.start_auxiliary(config, "--resume_from", str(checkpoint), run_folder="resumed")
+    visitor = swarm.start_trainer("visitor", address, "--save_dir", str(swarm.folder / "visitor"))
+    visitor.wait_for_output("Starting from global step 3")
+    visitor.interrupt(signal.SIGTERM)  # long before it could make a global step
+    assert visitor.wait() == 0, visitor.output()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(swarm.folder / "visitor" / name), load_file(checkpoint / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+    trainer = swarm.start_trainer("second", address)
+    assert [trainer.wait(), auxiliary.wait()] == [0, 0], trainer.output()
+    steps = [entry["step"] for entry in read_history(swarm.folder / "resumed" / "metrics.jsonl")]
+    assert steps == [4, 5]
+
+
+def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=4))
+    healthy = swarm.start_trainer("healthy", address)
+    faulty = swarm.start_trainer("faulty", address, program="tests/swarm/trainer_with_nan.py")
+    assert [healthy.wait(), faulty.wait(), auxiliary.wait()] == [0, 0, 0], faulty.output()
+    for tensor in weights(swarm.folder / "run" / "checkpoints" / "step-0000004").values():
+        assert tensor.isfinite().all()
+    history = read_history(swarm.folder / "run" / "metrics.jsonl")
+    assert history[-1]["peers_met"] == 2 and history[-1]["loss"] < history[0]["loss"]
+    assert "dropped" in faulty.output() and "dropped" not in healthy.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_both_programs_leave_when_asked_and_take_their_children_along(swarm: Swarm, number: signal.Signals) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
+    trainer = swarm.start_trainer("trainer", address)
+    trainer.wait_for_output("step 1/1000")
+    trainer.interrupt(number)
+    assert trainer.wait(60) == 0, trainer.output()
+    assert "Thank you" in trainer.output() and "Traceback" not in trainer.output()
+    assert_no_survivors(trainer)
+    auxiliary.interrupt(number)
+    assert auxiliary.wait(60) == 0, auxiliary.output()
+    assert "Traceback" not in auxiliary.output()
+    assert_no_survivors(auxiliary)
+    summary = json.loads((swarm.folder / "run" / "summary.json").read_text())
+    assert summary["global_steps"] >= 1 and summary["checkpoint"] is None
+
+
+def test_a_flag_that_contradicts_the_run_is_refused_by_name(swarm: Swarm) -> None:
+    _, address = swarm.start_auxiliary(swarm.configure())
+    trainer = swarm.start_trainer("stubborn", address, "--learning_rate", "0.5")
+    assert trainer.wait() == 1
+    assert "error: You gave learning_rate = 0.5, but this run uses 0.002" in trainer.output()
+    assert "Traceback" not in trainer.output()

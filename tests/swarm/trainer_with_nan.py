@@ -1,0 +1,23 @@
+"""run_trainer.py with one fault: every third loss of this peer is NaN."""
+
+from itertools import count
+
+import torch
+
+import run_trainer
+from collab.processes import run_program
+from tasks.mlm.task import MaskedLM
+
+healthy_loss = MaskedLM.loss
+turns = count(1)
+
+
+def loss(self: MaskedLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    value = healthy_loss(self, batch)
+    return value * float("nan") if next(turns) % 3 == 0 else value
+
+
+MaskedLM.loss = loss  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    run_program(run_trainer.main)
