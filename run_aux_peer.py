@@ -122,8 +122,14 @@ def main() -> None:
             write_text(summary_file, json.dumps(sum_up(monitor, started, checkpoint, join_command), indent=2) + "\n")
             trackers.close()
             optimizer.shutdown()
-        for what, where in {"checkpoint": checkpoint, "page": run_folder / "page.html", **trackers.where()}.items():
-            console.line(f"{what + ':':<14}{where}")
+        places = {
+            "checkpoint": checkpoint,
+            "page": run_folder / "page.html",
+            **trackers.where(),
+            "joined by": join_command,
+        }
+        for what, where in places.items():
+            console.line(f"{what + ':':<15}{where}")
 
 
 def save(
@@ -188,13 +194,16 @@ def live_line(monitor: Monitor, optimizer: SwarmOptimizer, last_step: int) -> st
     progress = optimizer.tracker.global_progress
     if progress.num_peers == 0:
         return "Waiting for the first trainer ..."
+    share = progress.samples_accumulated / progress.target_batch_size
+    line = f"step {monitor.step + 1}/{last_step} {bar(share)} {min(share, 1):4.0%}  {progress.num_peers} peers"
     recent = monitor.history[-20:]
-    left = ""
+    if recent:
+        last = recent[-1]
+        line += f"  loss {last.loss:.3f}  {last.samples_per_second:.0f} samples/s"
     if len(recent) >= 2:
         pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
-        left = f"  {duration(pace * (last_step - monitor.step))} left"
-    share = progress.samples_accumulated / progress.target_batch_size
-    return f"step {monitor.step + 1} {bar(share)} {min(share, 1):4.0%}  {progress.num_peers} peers{left}"
+        line += f"  {duration(pace * (last_step - monitor.step))} left"
+    return line
 
 
 def look(

@@ -53,10 +53,20 @@ def start():
 
     yield start_program
     for process in started:
-        for member in [process, *family(process.pid)]:
+        for member in session(process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        process.communicate()
+        process.communicate(timeout=10)
+
+
+def session(leader: int) -> list[psutil.Process]:
+    """Whatever is left of a session: children stay in it, whoever their parent and their process group are by now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -19,6 +19,7 @@ class Swarm:
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self.folder, self.cache_dir = folder, cache_dir
         self.programs: list[Program] = []
+        self.environment: dict[str, str] = {}
 
     def configure(self, **settings: Any) -> Path:
         """A run small enough for a test: a global step every three seconds or so with two trainers."""
@@ -51,7 +52,7 @@ class Swarm:
 
     def start(self, name: str, program: str, *arguments: str) -> Program:
         command = [program, *LOOPBACK, "--cache_dir", str(self.cache_dir), *arguments]
-        started = Program(name, command, self.folder / f"{name}.log")
+        started = Program(name, command, self.folder / f"{name}.log", self.environment)
         self.programs.append(started)
         return started
 

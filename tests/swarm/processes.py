@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,12 +17,18 @@ LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
 class Program:
     """One running program with its log file."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name, self.log = name, log
         self._file = log.open("wb")
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdout=self._file, stderr=self._file, cwd=ROOT, env=environment
+            [sys.executable, *command],
+            stdout=self._file,
+            stderr=self._file,
+            cwd=ROOT,
+            env=os.environ | own | dict(environment or {}),
         )
         self.family: dict[int, psutil.Process] = {}
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from collab.trackers import read_history
+from tests.hub_server import HubServer
 from tests.swarm.conftest import Swarm
 from tests.swarm.processes import assert_no_survivors
 
@@ -69,6 +70,44 @@ def test_a_swarm_resumes_from_a_checkpoint_at_the_same_step_with_the_same_weight
     assert [trainer.wait(), auxiliary.wait()] == [0, 0], trainer.output()
     steps = [entry["step"] for entry in read_history(swarm.folder / "resumed" / "metrics.jsonl")]
     assert steps == [4, 5]
+
+
+def test_a_run_without_an_auxiliary_peer_starts_at_its_first_trainer(swarm: Swarm) -> None:
+    config = swarm.configure(max_global_steps=4, averaging_timeout=5)
+    first = swarm.start("first", "run_trainer.py", "--config", str(config), "--public_name", "first")
+    first.wait_for_output("Others join with")
+    address = first.output().split("--initial_peers ")[1].split()[0]
+    second = swarm.start_trainer("second", address)
+    second.wait_for_output("Starting from global step")
+    assert [first.wait(), second.wait()] == [0, 0], first.output()
+    assert "peers 2/2" in first.output() and "peers 2/2" in second.output()
+
+
+def test_delayed_updates_and_offloading_average_in_every_round(swarm: Swarm) -> None:
+    config = swarm.configure(
+        max_global_steps=5, delay_optimizer_step=True, delay_grad_averaging=True, delay_state_averaging=True
+    )
+    auxiliary, address = swarm.start_auxiliary(config)
+    trainers = [swarm.start_trainer(name, address, "--offload_optimizer", "true") for name in ("one", "two")]
+    assert [program.wait(90) for program in (*trainers, auxiliary)] == [0, 0, 0], trainers[0].output()
+    history = read_history(swarm.folder / "run" / "metrics.jsonl")
+    assert history[-1]["peers_met"] == 2 and sum(entry["peers_alone"] for entry in history) == 0
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -> None:
+    with HubServer() as hub:
+        swarm.environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
+        swarm.environment |= {"WANDB_MODE": "offline"}
+        config = swarm.configure(max_global_steps=3, report_to=["trackio", "wandb"], repo_id="community/test")
+        auxiliary, address = swarm.start_auxiliary(config)
+        trainers = [swarm.start_trainer(name, address, "--precision", name) for name in ("bfloat16", "float16")]
+        assert [program.wait(90) for program in (*trainers, auxiliary)] == [0, 0, 0], auxiliary.output()
+        assert "(float16)" in trainers[1].output() and "NOT averaged" not in trainers[1].output()
+        assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repos["community/test"].tree("step-3"))
+    assert list((swarm.folder / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert list((swarm.folder / "run" / "trackio").glob("*.db"))
+    assert hub.token not in auxiliary.output()
 
 
 def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> None:
