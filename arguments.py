@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import types
-from argparse import Namespace
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -58,6 +58,8 @@ def require(condition: bool, key: str, value: Any, rule: str) -> None:
 class RunArguments:
     """What this run is."""
 
+    _argument_group_name = "the run (agreed by all its peers, for starting a new one)"
+
     run_id: str = option("", "Name of the run: its key in the DHT, the folder under runs/, the project in the tracker.")
     task: str = option("mlm", "What is trained: the name of a folder under tasks/.")
     seed: int = option(0, "Seed of the first weights, the order of the data and the masks.")
@@ -74,6 +76,8 @@ class RunArguments:
 @dataclass
 class MLMArguments:
     """The masked LM task: its model, tokenizer and text."""
+
+    _argument_group_name = "its model, tokenizer and text (agreed)"
 
     model_config: str = option(
         "tasks/mlm/models/albert_large.json", "JSON file with the model's architecture (transformers' config.json)."
@@ -109,6 +113,8 @@ class MLMArguments:
 class OptimizerArguments:
     """How averaged gradients become new weights. The defaults are ALBERT-large's (Lan et al. 2019, section 4.1)."""
 
+    _argument_group_name = "its optimizer (agreed)"
+
     optimizer: Literal["lamb", "adamw"] = option("lamb", "lamb for target batches of thousands, adamw for small ones.")
     learning_rate: float = option(0.00176, "Peak learning rate. Scale it with the square root of target_batch_size.")
     min_learning_rate: float = option(0.0, "The learning rate at which the linear decay ends.")
@@ -134,6 +140,8 @@ class OptimizerArguments:
 @dataclass
 class SwarmArguments:
     """How peers meet and average."""
+
+    _argument_group_name = "its averaging (agreed)"
 
     target_batch_size: int = option(
         4096,
@@ -187,6 +195,8 @@ class SwarmArguments:
 class PeerArguments:
     """This computer's place in the network."""
 
+    _argument_group_name = "this computer's place in the network"
+
     initial_peers: list[str] = option(
         [], "Addresses of one or more peers of the swarm, as the auxiliary peer prints them. None: start a new swarm."
     )
@@ -217,6 +227,8 @@ class PeerArguments:
 class TrainerArguments:
     """A volunteer's machine."""
 
+    _argument_group_name = "this computer's training"
+
     public_name: str = option("", "The name under which your contribution is listed. Empty: the end of the peer id.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps. auto takes the first GPU.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -238,6 +250,8 @@ class TrainerArguments:
 @dataclass
 class AuxArguments:
     """What the organizer's auxiliary peer reports and keeps."""
+
+    _argument_group_name = "what the auxiliary peer reports and keeps"
 
     run_folder: str | None = option(None, "Folder for metrics, page and checkpoints. Left out: runs/RUN_ID.")
     report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
@@ -270,7 +284,13 @@ def parse(description: str, classes: Iterable[Any], argv: Sequence[str] | None =
     :returns: only what was given, checked for name and type: {argument: value}. `pick` turns it into dataclasses.
     :raises UserError: unknown key or flag (with near matches), wrong type, unreadable file.
     """
-    parser = _Parser(tuple(classes), description=description, allow_abbrev=False)
+    parser = _Parser(
+        tuple(classes),
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help="YAML file whose keys are the arguments below; flags override it.")
     # Whatever is still `absent` after parsing was not on the command line: argparse fills in defaults only for
     # attributes that the namespace lacks.
@@ -333,6 +353,10 @@ def refuse_contradictions(given: Mapping[str, Any], settings: Mapping[str, Any])
                 f"You gave {key} = {given[key]!r}, but this run uses {settings[key]!r}. Everybody in a run has to "
                 f"agree on it: leave --{key} out, or start a run of your own without --initial_peers."
             )
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it was written."""
 
 
 class _Parser(HfArgumentParser):

@@ -35,7 +35,7 @@ KEPT_CHECKPOINTS = 3
 
 
 def main() -> None:
-    given = parse(__doc__ or "", (*AGREED, PeerArguments, AuxArguments))
+    given = parse(__doc__ or "", (PeerArguments, AuxArguments, *AGREED))
     network, mine = pick(PeerArguments, given), pick(AuxArguments, given)
     cache_dir = Path(network.cache_dir)
     console, stop = Console(), StopSignal()

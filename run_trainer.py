@@ -32,7 +32,7 @@ from tasks import find_task
 
 
 def main() -> None:
-    given = parse(__doc__ or "", (*AGREED, PeerArguments, TrainerArguments))
+    given = parse(__doc__ or "", (PeerArguments, TrainerArguments, *AGREED))
     network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
     cache_dir = Path(network.cache_dir)
     device = pick_device(mine.device)
