@@ -167,6 +167,10 @@ class SwarmArguments:
         5,
         "Average the parameters every this many global steps; it removes the drift that lost rounds and codecs leave.",
     )
+    quorum: float = option(0.5, "A round that met a smaller share of the live peers than this counts as failed.")
+    failed_round: Literal["local", "skip"] = option(
+        "local", "What a peer does after a failed round: step with its own gradient, or let the step pass."
+    )
     delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
     delay_grad_averaging: bool = option(
         False, "Average gradients in the background as well; needs delay_optimizer_step."
@@ -181,6 +185,7 @@ class SwarmArguments:
             "averaging_timeout", self.averaging_timeout, f"longer than matchmaking_time ({self.matchmaking_time} s)",
         )  # fmt: skip
         require(self.metadata_expiration >= 10, "metadata_expiration", self.metadata_expiration, "at least 10 seconds")
+        require(0 <= self.quorum <= 1, "quorum", self.quorum, "a share from 0 to 1")
         require(self.average_state_every >= 1, "average_state_every", self.average_state_every, "at least 1")
         require(
             self.delay_optimizer_step or not self.delay_grad_averaging,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import AGREED, AuxArguments, PeerArguments, agreed_settings, parse, pick, refuse_contradictions
+from collab.assistant import Assistant
 from collab.checkpoint import load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
 from collab.files import write_text
@@ -81,6 +82,7 @@ def main() -> None:
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
         )
+        assistant = Assistant(optimizer)
         publisher = Publisher(mine.repo_id) if mine.repo_id else None
         monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
         started, page_written, saved_step, checkpoint = time.time(), 0.0, optimizer.local_epoch, None
@@ -98,14 +100,15 @@ def main() -> None:
                     console.line(step_line(summary, last_step, started))
                 console.live(live_line(monitor, optimizer, last_step))
                 if monitor.step - saved_step >= mine.save_every or monitor.step >= last_step:
-                    optimizer.load_state_from_peers()
-                    if optimizer.local_epoch > saved_step:
-                        saved_step = optimizer.local_epoch
-                        checkpoint = save(task, optimizer, monitor, run_folder, settings, mine, join_command)
-                        announce_saved(peer, run_id, saved_step)
-                        if publisher:
-                            publisher.submit(checkpoint, saved_step)
-                        console.line(f"Saved the state of global step {saved_step} to {checkpoint}")
+                    with assistant.paused(timeout=settings["averaging_timeout"]) as free:
+                        loaded = free and optimizer.load_state_from_peers()
+                        if loaded and optimizer.local_epoch > saved_step:
+                            saved_step = optimizer.local_epoch
+                            checkpoint = save(task, optimizer, monitor, run_folder, settings, mine, join_command)
+                            announce_saved(peer, run_id, saved_step)
+                            console.line(f"Saved the state of global step {saved_step} to {checkpoint}")
+                    if loaded and checkpoint and publisher:
+                        publisher.submit(checkpoint, saved_step)
                 if time.monotonic() - page_written >= PAGE_SECONDS:
                     page_written = time.monotonic()
                     view = look(task, monitor, settings, started, join_command, checkpoint, trackers.where())
@@ -121,7 +124,8 @@ def main() -> None:
             summary_file = run_folder / "summary.json"
             write_text(summary_file, json.dumps(sum_up(monitor, started, checkpoint, join_command), indent=2) + "\n")
             trackers.close()
-            optimizer.shutdown()
+            assistant.stop()
+            optimizer.leave()
         places = {
             "checkpoint": checkpoint,
             "page": run_folder / "page.html",

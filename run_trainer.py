@@ -6,6 +6,7 @@ ADDRESS is the line that the run's auxiliary peer prints. Without it, a new run 
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from arguments import (
 from collab.checkpoint import save_checkpoint
 from collab.console import Console, show_log
 from collab.device import pick_device, pick_precision
+from collab.errors import UserError
+from collab.files import make_folder
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
 from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
@@ -37,6 +40,8 @@ def main() -> None:
     cache_dir = Path(network.cache_dir)
     device = pick_device(mine.device)
     precision = pick_precision(mine.precision, device)
+    if mine.save_dir:
+        make_folder(Path(mine.save_dir))  # better now than after a week of training
     if mine.threads:
         torch.set_num_threads(mine.threads)
     console, stop = Console(), StopSignal()
@@ -50,6 +55,11 @@ def main() -> None:
             manifest = fetch_manifest(peer)
             refuse_contradictions(given, manifest.settings)
             manifest.refuse_other_versions()
+        elif "run_id" not in given:
+            raise UserError(
+                "There is no run to join: give --initial_peers ADDRESS, as the run's auxiliary peer prints it. "
+                "To start a new run, give a --config."
+            )
         else:
             settings = agreed_settings(given)
             manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
@@ -135,6 +145,12 @@ def main() -> None:
                     peers_expected=report.expected,
                     applied=report.applied,
                     reason=report.reason[:200],
+                    parts=report.parts,
+                    bytes_sent=report.bytes_sent,
+                    bytes_received=report.bytes_received,
+                    matchmaking_seconds=report.matchmaking_seconds,
+                    allreduce_seconds=report.allreduce_seconds,
+                    grad_norm=optimizer.guard.grad_norm if math.isfinite(optimizer.guard.grad_norm) else -1.0,
                     skipped_batches=skipped,
                     client_mode=network.client_mode,
                     time=get_dht_time(),
@@ -158,7 +174,7 @@ def main() -> None:
                 )
             console.line(f"{name} gave {samples_total:,} samples to the common model. Thank you!")
         finally:
-            optimizer.shutdown()
+            optimizer.leave()
 
 
 def gradients_are_finite(model: torch.nn.Module) -> bool:

@@ -33,10 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """The same for a whole folder: fill the folder that this gives; it stands in the place of `path` when all is done.
 
     A folder that stood at `path` is moved aside first and removed last, so that one of the two is always whole.
+
+    :param keep_existing: a folder that somebody else has put there meanwhile is as good, and stays.
     """
     path = Path(path)
     try:
@@ -47,6 +49,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
+        if path.exists() and keep_existing:
+            return
         if path.exists():
             old = scratch.with_suffix(".old")
             path.rename(old)
@@ -62,6 +66,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise UserError(cannot_write(path, error)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and find out whether it can be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -73,7 +73,7 @@ class Manifest:
         """Write the shared files below `cache_dir` and return their folder. Does nothing if they are there already."""
         folder = cache_dir / "runs" / f"{self.settings['run_id']}-{self.fingerprint}"
         if not folder.exists():
-            with replacing_folder(folder) as scratch:
+            with replacing_folder(folder, keep_existing=True) as scratch:
                 for name, content in self.files.items():
                     (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                     (scratch / name).write_bytes(content)

@@ -38,6 +38,17 @@ class PeerRecord(BaseModel):
     """Peers that reported progress for this step when the round began, this one included."""
     applied: StrictBool
     """Whether the averaged gradient, rather than this peer's own, went into the step."""
+    parts: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
+    """Share of the tensor parts that were averaged as they should; 0 if there was no round."""
+    bytes_sent: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Payload of this peer's gradient averaging in this step, both roles together."""
+    bytes_received: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    matchmaking_seconds: confloat(strict=True, ge=0.0, le=1e6)  # type: ignore[valid-type]
+    """From enough samples to a group."""
+    allreduce_seconds: confloat(strict=True, ge=0.0, le=1e6)  # type: ignore[valid-type]
+    """From the group to the average."""
+    grad_norm: confloat(strict=True, ge=-1.0, le=1e30)  # type: ignore[valid-type]
+    """Norm of the averaged gradient before clipping; -1 if it was not finite and the step was held back."""
     skipped_batches: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Micro-batches of this session that were dropped for a NaN or infinite gradient."""
     client_mode: StrictBool
@@ -54,9 +65,13 @@ class PeerRecord(BaseModel):
     def as_line(self, last_step: int) -> str:
         """The step for a person at a terminal."""
         verdict = "" if self.applied or self.peers_expected == 1 else f"  NOT averaged: {self.reason or 'no group'}"
+        traffic = ""
+        if self.applied:
+            megabytes = (self.bytes_sent + self.bytes_received) / 10**6
+            traffic = f" ({self.parts:.0%} of the parts, {megabytes:.1f} MB, {self.allreduce_seconds:.1f} s)"
         return (
             f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.samples_per_second:.0f} samples/s  "
-            f"peers {self.peers_met}/{self.peers_expected}  {self.samples_total:,} samples given{verdict}"
+            f"peers {self.peers_met}/{self.peers_expected}{traffic}  {self.samples_total:,} samples given{verdict}"
         )
 
 

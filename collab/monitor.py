@@ -33,6 +33,14 @@ class StepSummary:
     """Peers that applied an averaged gradient."""
     peers_alone: int
     """Peers that made the step on their own although others were there."""
+    parts: float
+    """The smallest share of tensor parts that any peer got averaged."""
+    bytes_per_peer: float
+    """Payload sent and received by a peer, mean over peers."""
+    matchmaking_seconds: float
+    """Of the slowest peer."""
+    allreduce_seconds: float
+    """Of the slowest peer."""
     time: float
     """When it was complete, in seconds since 1970."""
 
@@ -106,5 +114,9 @@ def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
         peers_expected=max(record.peers_expected for record in records),
         peers_averaged=sum(record.applied for record in records),
         peers_alone=sum(record.alone for record in records),
+        parts=min(record.parts for record in records),
+        bytes_per_peer=sum(record.bytes_sent + record.bytes_received for record in records) / len(records),
+        matchmaking_seconds=max(record.matchmaking_seconds for record in records),
+        allreduce_seconds=max(record.allreduce_seconds for record in records),
         time=time.time(),
     )

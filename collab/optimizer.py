@@ -1,6 +1,8 @@
 """The optimizer that a whole swarm shares: hivemind's, with the repairs it needs, and a verdict on every round."""
 
 import logging
+import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +14,9 @@ import hivemind
 import torch
 from hivemind.averaging.control import StepControl
 from hivemind.compression import CompressionBase, Float16Compression, NoCompression, ScaledFloat16Compression
-from hivemind.optim.grad_averager import GradientAverager
 from torch.optim.lr_scheduler import LambdaLR
 
+from collab.averager import Averager, RoundTally, StateAverager
 from collab.lamb import Lamb
 from collab.peer import Peer
 
@@ -32,6 +34,10 @@ CODECS: dict[str, CompressionBase] = {
 }
 
 
+LOAD_STATE_ATTEMPTS = 3
+LEAVE_SECONDS = 4.0
+
+
 @dataclass(frozen=True)
 class RoundReport:
     """What really happened when a global step was averaged."""
@@ -43,41 +49,57 @@ class RoundReport:
     expected: int
     """Peers that reported progress when the round began, this one included."""
     applied: bool
-    """Whether the averaged gradient went into the step; if not, this peer's own did."""
+    """Whether the averaged gradient went into the step; if not, this peer's own did, or none."""
     reason: str
     """Why it was not applied; empty if it was."""
-    seconds: float
-    """From the moment when enough samples were there to the averaged gradient."""
+    samples: float
+    """Samples in the part of the average that this peer computed; 0 if others computed all of it."""
+    parts: float
+    """Share of the tensor parts that were averaged as they should."""
+    bytes_sent: int
+    bytes_received: int
+    matchmaking_seconds: float
+    """From the moment when enough samples were there until the group began to average."""
+    allreduce_seconds: float
+    rejected: tuple[str, ...]
+    """Peer ids whose values were left out because they were not finite."""
 
 
-class Averager(GradientAverager):
-    """hivemind's gradient averager, with two repairs. Every peer of a swarm has to use this very class.
+class StepGuard:
+    """Stands between the gradient that was averaged and the weights: clips it, or holds the step back.
 
-    - *Zero gradients.* The optimizer empties the accumulators as soon as a round begins, so a round that fails would go
-      on with gradients of zero (hivemind 1.1.12, optim/optimizer.py:529 and 611). A copy taken before the round is put
-      back instead; it costs one more set of gradients in RAM.
-    - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
-      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
-      samples.
+    :param max_grad_norm: the gradient is clipped to this norm; 0 leaves it alone.
     """
 
-    _before_round: list[torch.Tensor] | None = None
+    def __init__(self, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.hold_next = False
+        """Set it to let the next step pass without effect."""
+        self.held = 0
+        """Steps that were held back."""
+        self.grad_norm = math.nan
+        """Norm of the latest gradient, before clipping."""
+        self._set_aside: list[torch.Tensor | None] = []
 
-    @torch.no_grad()
-    def load_accumulators_into_averager_(self) -> None:
-        """Put this peer's mean gradient where the average will be."""
-        if self.local_samples_accumulated > 0:
-            # Accumulated is the sum of (micro-batch size / anchor) * gradient.
-            scale = self._anchor_batch_size / self.local_samples_accumulated
-            own = [(accumulator * scale).to("cpu") for accumulator in self._grad_accumulators()]
-            self._before_round = own
-        elif self._before_round is not None:
-            own = self._before_round
-        else:
-            return super().load_accumulators_into_averager_()
-        with self.get_tensors() as tensors:
-            for tensor, gradient in zip(tensors, own, strict=True):
-                tensor.copy_(gradient)
+    def attach(self, inner: torch.optim.Optimizer) -> None:
+        """Guard every step of `inner` from now on."""
+        inner.register_step_pre_hook(self._before)
+        inner.register_step_post_hook(self._after)
+
+    def _before(self, inner: torch.optim.Optimizer, *_: Any) -> None:
+        params = _params(inner)
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm or math.inf))
+        if self.hold_next or not math.isfinite(self.grad_norm):
+            # Optimizers pass over parameters without a gradient: neither momentum nor weight decay moves them.
+            self._set_aside = [param.grad for param in params]
+            for param in params:
+                param.grad = None
+            self.held += 1
+
+    def _after(self, inner: torch.optim.Optimizer, *_: Any) -> None:
+        for param, gradient in zip(_params(inner), self._set_aside, strict=False):
+            param.grad = gradient
+        self._set_aside, self.hold_next = [], False
 
 
 class SwarmOptimizer(hivemind.Optimizer):
@@ -90,10 +112,31 @@ class SwarmOptimizer(hivemind.Optimizer):
     """The verdict on the latest round. With delayed averaging it is the previous step's when a step is made."""
     states_loaded = 0
     """How often this peer took over the state of another one."""
-    _round_began, _round_step, _expected = 0.0, 0, 1
+
+    def __init__(self, *, guard: StepGuard, quorum: float, failed_round: str, **kwargs: Any) -> None:
+        self.guard, self.quorum, self.failed_round = guard, quorum, failed_round
+        self._round_began, self._round_step, self._expected = 0.0, 0, 1
+        self.scheduled_grads: StepControl | None = None
+        super().__init__(**kwargs)
 
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
+
+    def _make_state_averager(self, **kwargs: Any) -> StateAverager:
+        return StateAverager(
+            dht=self.dht,
+            prefix=f"{self.run_id}_state_averager",
+            min_matchmaking_time=self.matchmaking_time,
+            allreduce_timeout=self.allreduce_timeout,
+            shutdown_timeout=self.shutdown_timeout,
+            next_chunk_timeout=self.next_chunk_timeout,
+            offload_optimizer=self.offload_optimizer,
+            custom_gradients=self.offload_optimizer,
+            client_mode=self.client_mode,
+            auxiliary=self.auxiliary,
+            start=True,
+            **kwargs,
+        )
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
@@ -103,38 +146,78 @@ class SwarmOptimizer(hivemind.Optimizer):
             # Upstream loads the accumulated gradient only if matchmaking was still going on; otherwise the step would
             # use the last micro-batch alone (optim/optimizer.py:538-548).
             self._load_local_gradients_into_optimizer()
-            self._report(met=1, reason="" if self._expected == 1 else "the round could not begin")
+            self._report(None, "" if self._expected == 1 else "the round could not begin")
         return bool(began)
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
+        tally, reason = None, ""
         try:
             assert maybe_step_control is not None
-            group = maybe_step_control.result(self.averaging_timeout)
-            self._load_averaged_gradients_into_optimizer_()
-            self._report(met=len(group), reason="")
-        except BaseException as error:
+            tally = maybe_step_control.result(self.averaging_timeout)
+            if len(tally.peers) < self.quorum * self._expected and not self.auxiliary:
+                reason = f"met {len(tally.peers)} of {self._expected} peers, less than the quorum"
+        except Exception as error:  # noqa: BLE001 - a round may fail in any way; training outlives it
+            reason = str(error) or type(error).__name__
+        if reason:
+            logger.warning("Round %d was not averaged: %s", self._round_step, reason)
+            self.guard.hold_next = self.failed_round == "skip"
             self._load_local_gradients_into_optimizer()
-            self._report(met=1, reason=str(error) or type(error).__name__)
-            logger.warning("Round %d was not averaged: %r", self._round_step, error)
-            if not isinstance(error, Exception):
-                raise
+        else:
+            self._load_averaged_gradients_into_optimizer_()
+        self._report(tally, reason)
 
-    def _report(self, met: int, reason: str) -> None:
+    def _report(self, tally: RoundTally | None, reason: str) -> None:
+        seconds = time.monotonic() - self._round_began
+        met = len(tally.peers) if tally is not None else 1
         self.last_round = RoundReport(
             step=self._round_step,
             met=met,
             expected=max(met, self._expected),
-            applied=met > 1,
+            applied=tally is not None and not reason and met > 1,
             reason=reason,
-            seconds=time.monotonic() - self._round_began,
+            samples=tally.samples if tally is not None else 0.0,
+            parts=tally.parts if tally is not None else 0.0,
+            bytes_sent=tally.bytes_sent if tally is not None else 0,
+            bytes_received=tally.bytes_received if tally is not None else 0,
+            matchmaking_seconds=seconds - (tally.seconds if tally is not None else 0.0),
+            allreduce_seconds=tally.seconds if tally is not None else 0.0,
+            rejected=tally.rejected if tally is not None else (),
         )
+        for peer in self.last_round.rejected:
+            logger.warning(
+                "Round %d: peer %s sent values that are not finite; they were left out", self._round_step, peer[-6:]
+            )
 
-    def load_state_from_peers(self, **kwargs: Any) -> None:
-        """Take over parameters, optimizer state, global step and schedule from the most advanced peer, if any."""
-        before = self.local_epoch
-        super().load_state_from_peers(**kwargs)
-        self.states_loaded += self.local_epoch > before
+    def load_state_from_peers(self, **kwargs: Any) -> bool:
+        """Take over parameters, optimizer state, global step and schedule from the most advanced peer, if any.
+
+        Upstream tries for ever (optim/optimizer.py:702), and downloads every donor's gradients beside its state.
+
+        :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it.
+        """
+        if self.scheduled_grads is not None and not self.scheduled_grads.done():
+            # The others may count on this peer already: cancelling would send all of them back to matchmaking.
+            self._tag_along_with_zero_weight(self.scheduled_grads)
+            self.scheduled_grads = None
+        self.state_averager.step(wait_for_delayed_updates=True)
+        with self.tracker.pause_updates():
+            loaded = False
+            for _ in range(LOAD_STATE_ATTEMPTS):
+                loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
+                if loaded or self.tracker.global_epoch <= self.local_epoch:
+                    break
+            else:
+                logger.warning("No peer could hand out its state after %d attempts", LOAD_STATE_ATTEMPTS)
+            if loaded and not self.auxiliary and self.tracker.global_epoch - 1 == self.local_epoch:
+                # The donor's peers are about to finish this step; what they average next is the one after it.
+                self.state_averager.local_epoch = self.tracker.global_epoch
+            self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
+            self.grad_averager.reset_accumulated_grads_()
+            if not self.client_mode:
+                self.state_averager.state_sharing_priority = self.local_epoch
+        self.states_loaded += loaded
         self.share_state_memory()
+        return bool(loaded)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the optimizer's state and the global step from a checkpoint."""
@@ -143,10 +226,40 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
 
+    def skip_to(self, step: int) -> None:
+        """Follow the swarm to a later global step without its state; for auxiliary peers, which put in nothing."""
+        with self.tracker.pause_updates():
+            self.state_averager.local_epoch = step
+            self.tracker.update_epoch(step)
+        self.state_averager.allow_state_sharing = False
+
     def offer_state(self) -> None:
         """Hand out this peer's state although it trains nothing: for the start from a checkpoint."""
         self.state_averager.allow_state_sharing = True
         self.state_averager.state_sharing_priority = self.local_epoch
+
+    def leave(self, timeout: float = LEAVE_SECONDS) -> bool:
+        """Say goodbye and end the averagers, within `timeout` seconds.
+
+        Upstream waits for rounds that are still pending: 13 to 33 seconds. Here they are abandoned; whoever is in a
+        group with this peer notices at once that the connection is gone.
+
+        :returns: whether all of it was done in time. What was not ends with the process (`guard_children`).
+        """
+
+        def say_goodbye() -> None:
+            self.tracker.shutdown(1.0)
+            for scheduled_round in (self.scheduled_grads, self.scheduled_state):
+                if scheduled_round is not None and not scheduled_round.done():
+                    scheduled_round.cancel()
+            for averager in (self.state_averager, self.grad_averager):
+                averager.shutdown_timeout = 1.0
+                averager.shutdown()
+
+        goodbye = threading.Thread(target=say_goodbye, name="goodbye", daemon=True)
+        goodbye.start()
+        goodbye.join(timeout)
+        return not goodbye.is_alive()
 
     def share_state_memory(self) -> None:
         """Keep CPU state in shared memory from the start.
@@ -194,9 +307,10 @@ def make_optimizer(
             eps=settings["adam_epsilon"],
         )
         _make_state(inner)
-        if settings["max_grad_norm"] > 0:
-            inner.register_step_pre_hook(partial(_clip, settings["max_grad_norm"]))
+        guard.attach(inner)
         return inner
+
+    guard = StepGuard(settings["max_grad_norm"])
 
     schedule = linear_schedule(
         settings["warmup_steps"],
@@ -205,6 +319,9 @@ def make_optimizer(
     )
     averager_options = dict(bandwidth=bandwidth, request_timeout=_request_timeout(settings["matchmaking_time"]))
     swarm_optimizer = SwarmOptimizer(
+        guard=guard,
+        quorum=settings["quorum"],
+        failed_round=settings["failed_round"],
         dht=peer.dht,
         run_id=settings["run_id"],
         params=list(param_groups),
@@ -222,7 +339,9 @@ def make_optimizer(
         state_averaging_compression=CODECS[settings["state_compression"]],
         # averager_opts reach only the averager of parameters (optim/optimizer.py:263), so gradients get theirs here.
         # Nobody has to download other peers' gradients: upstream offers them to newcomers beside the state.
-        grad_averager_factory=partial(Averager, allow_state_sharing=False, **averager_options),
+        grad_averager_factory=partial(
+            Averager, allow_state_sharing=False, max_weight=settings["target_batch_size"], **averager_options
+        ),
         averager_opts=averager_options,
         tracker_opts=dict(metadata_expiration=settings["metadata_expiration"], private_key=peer.private_key),
         client_mode=peer.client_mode,
@@ -271,7 +390,7 @@ def _make_state(inner: torch.optim.Optimizer) -> None:
     Left to itself hivemind makes one real step with gradients of zero (optim/state_averager.py): weight decay would
     change the weights that were just loaded from a checkpoint, and the bias correction would be one step ahead.
     """
-    params = [param for group in inner.param_groups for param in group["params"]]
+    params = _params(inner)
     gradients, rates = [param.grad for param in params], [group["lr"] for group in inner.param_groups]
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -285,9 +404,8 @@ def _make_state(inner: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def _clip(max_norm: float, inner: torch.optim.Optimizer, *_: Any) -> None:
-    """Clip what the optimizer is about to apply: the averaged gradient, on whichever copy of the model it works."""
-    torch.nn.utils.clip_grad_norm_([p for group in inner.param_groups for p in group["params"]], max_norm)
+def _params(inner: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in inner.param_groups for param in group["params"]]
 
 
 def _request_timeout(matchmaking_time: float) -> float:

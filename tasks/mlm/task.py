@@ -1,5 +1,6 @@
 """Masked language modelling with sentence order, as ALBERT is trained (Lan et al. 2019)."""
 
+import difflib
 import json
 import logging
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
@@ -51,7 +52,9 @@ class MaskedLM:
             _open_tokenizer(settings, cache_dir).save_pretrained(scratch)
             files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
             config["vocab_size"] = len(AutoTokenizer.from_pretrained(scratch))
-        files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
+            files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
+            Path(scratch, "config.json").write_bytes(files["config.json"])
+            _try_once(settings, Path(scratch), cache_dir)
         return files
 
     def batches(self, micro_batch_size: int, place: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -109,6 +112,24 @@ class MaskedLM:
         }
 
 
+def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
+    """One small forward pass: a config that no model can be built from should not open a run."""
+    try:
+        task = MaskedLM(settings, folder, cache_dir)
+        loss = task.loss(next(task.batches(2, place="trial")))
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise UserError(
+            f"No masked language model can be made of {settings['model_config']}: {reason}. Compare it with "
+            f"tasks/mlm/models/albert_large.json, or give another model_config."
+        ) from error
+    if not loss.isfinite():
+        raise UserError(
+            f"The model of {settings['model_config']} gives a loss of {loss.item()} before any training. Look at its "
+            f"initializer_range and layer_norm_eps."
+        )
+
+
 def _sources(settings: Mapping[str, Any]) -> list[Source]:
     return [Source.from_mapping(mapping) for mapping in settings["sources"]]
 
@@ -122,6 +143,13 @@ def _read_model_config(path: Path) -> dict[str, Any]:
         raise UserError(f"The model config {path} is not JSON: {error}. Mend the file.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f'{path} is no model config: it needs at least "model_type", for example "albert".')
+    if config["model_type"] not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(config["model_type"]), CONFIG_MAPPING, n=3)
+        raise UserError(
+            f"{path}: transformers has no model_type {config['model_type']!r}. Did you mean {' or '.join(near)}?"
+            if near
+            else f'{path}: transformers has no model_type {config["model_type"]!r}. ALBERT\'s is "albert".'
+        )
     return config
 
 

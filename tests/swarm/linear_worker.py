@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "grad_compression": "none",
     "state_compression": "none",
     "average_state_every": 1000,
+    "quorum": 0.5,
+    "failed_round": "local",
     "delay_optimizer_step": False,
     "delay_grad_averaging": False,
     "delay_state_averaging": False,
@@ -94,7 +96,7 @@ def main() -> None:
         save_model(model, str(folder / f"weights-{number}.safetensors"))
         (folder / f"log-{number}.json").write_text(json.dumps({"by_step": by_step, "reports": reports}))
     finally:
-        optimizer.shutdown()
+        optimizer.leave()
         peer.close()
 
 

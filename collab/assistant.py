@@ -1,0 +1,70 @@
+"""An auxiliary peer's part in the averaging: it computes averages for the others, and puts in nothing of its own."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from collab.optimizer import SwarmOptimizer
+
+logger = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 0.2
+
+
+class Assistant(threading.Thread):
+    """Takes part in every averaging round, in the background, until `stop`.
+
+    Peers in client mode can only average through a peer that accepts connections; with an assistant in the swarm
+    there always is one. A round that fails costs it nothing but that round.
+
+    :param optimizer: the auxiliary peer's; nobody else may use it except inside `paused`.
+    """
+
+    def __init__(self, optimizer: SwarmOptimizer) -> None:
+        super().__init__(name="assistant", daemon=True)
+        self.rounds = 0
+        """Rounds in which it helped."""
+        self.failures: Counter[str] = Counter()
+        """What went wrong, and how often."""
+        self._optimizer = optimizer
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.wait(PAUSE_SECONDS):
+            with self._lock:
+                try:
+                    self._take_a_turn()
+                except Exception as error:  # noqa: BLE001 - the run must outlive whatever one round brings
+                    reason = f"{type(error).__name__}: {error}"
+                    self.failures[reason] += 1
+                    if self.failures[reason] == 1:
+                        logger.warning("Assisting failed, and goes on: %s", reason)
+
+    def _take_a_turn(self) -> None:
+        optimizer = self._optimizer
+        if optimizer.tracker.global_epoch > optimizer.local_epoch:
+            # The swarm is ahead: a round of its own now would gather nobody, or single peers out of the next group.
+            optimizer.skip_to(optimizer.tracker.global_epoch)
+        before = optimizer.last_round
+        optimizer.step()
+        report = optimizer.last_round
+        if report is not None and report is not before and not report.reason:
+            self.rounds += 1
+
+    @contextmanager
+    def paused(self, timeout: float = 0.0) -> Iterator[bool]:
+        """Keep it from starting a turn; gives False if it was in the middle of one for all of `timeout` seconds."""
+        free = self._lock.acquire(timeout=timeout) if timeout > 0 else self._lock.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._lock.release()
+
+    def stop(self) -> None:
+        """No further turns; returns at once."""
+        self._stopped.set()

@@ -1,0 +1,82 @@
+"""What a peer checks about its own machine before it joins: the codecs of the run, and the limit on open files."""
+
+import logging
+import resource
+from collections.abc import Sequence
+
+import torch
+from hivemind.compression import CompressionInfo, deserialize_torch_tensor, serialize_torch_tensor
+
+from collab.codecs import CODECS
+from collab.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OPEN_FILES = 4096
+"""Each connection, pipe and data file takes one; usual limits are 1,024 on Linux and 256 on macOS."""
+
+ERROR_BOUNDS = {"none": 0.0, "float16": 0.001, "scaled_float16": 0.001, "int8": 0.015}
+"""The largest relative error that a healthy codec makes on normally distributed values, with room to spare."""
+
+# Both sides of the size from which `int8` sends int8, and neither a multiple of its blocks.
+SIZES = (5_000, 100_000)
+
+
+def self_test(codecs: Sequence[str]) -> None:
+    """Everything here; a few milliseconds. :param codecs: names of those that the run uses. :raises UserError:"""
+    raise_file_limit()
+    check_codecs(codecs)
+
+
+def check_codecs(names: Sequence[str]) -> None:
+    """Send random tensors to ourselves the way all-reduce does: there, and the answer back.
+
+    hivemind swallows what goes wrong there: with numpy >= 2.4 its 8-bit codecs cannot be decoded, yet every peer
+    reports that it averaged with the others.
+
+    :raises UserError: a codec fails, or what comes back is not what was sent.
+    """
+    for name in dict.fromkeys(names):
+        for size in SIZES:
+            sent = 1e-3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+            try:
+                message = CODECS[name].compress(sent, CompressionInfo.from_tensor(sent))
+                received = deserialize_torch_tensor(message)
+                returned = deserialize_torch_tensor(serialize_torch_tensor(received, message.compression))
+            except Exception as error:
+                raise _broken(name, f"failed on {size:,} values: {type(error).__name__}: {error}") from error
+            for before, after in ((sent, received), (received, returned)):
+                if before.shape != after.shape or before.dtype != after.dtype:
+                    raise _broken(name, f"made a tensor of another kind out of {size:,} values")
+                error_size = float((after - before).norm() / before.norm())
+                if not error_size <= ERROR_BOUNDS[name]:  # NaN is caught too
+                    bound = ERROR_BOUNDS[name]
+                    raise _broken(name, f"changed {size:,} values by {error_size:.2g} of their norm (at most {bound})")
+
+
+def _broken(name: str, what: str) -> UserError:
+    return UserError(
+        f"The codec {name!r}, which this run uses for what peers send each other, {what}. Averaging would fail without "
+        f"a word, and this peer's model would drift away from the others'. The installed packages are probably not "
+        f"the pinned ones; install those with: make setup"
+    )
+
+
+def raise_file_limit(wanted: int = OPEN_FILES) -> None:
+    """Let this process and its children open `wanted` files, or as many as the system admits; then it warns."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if possible > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    if possible < wanted:
+        logger.warning(
+            "This peer can open %d files, fewer than %d: in a large swarm it may lose connections ('Too many open "
+            "files'). To raise the limit, run `ulimit -n %d` as root in the shell that starts it, or add the line "
+            "`* hard nofile %d` to /etc/security/limits.conf and log in again.",
+            possible,
+            wanted,
+            wanted,
+            wanted,
+        )
