@@ -157,11 +157,13 @@ class SwarmArguments:
     metadata_expiration: float = option(
         30.0, "Seconds after which a peer that reports nothing counts as gone; rounds wait for it until then."
     )
-    grad_compression: Literal["none", "float16", "scaled_float16"] = option(
-        "float16", "Codec of gradients on the wire. float16 flushes values under 6e-8; scaled_float16 does not."
+    grad_compression: Literal["none", "float16", "scaled_float16", "int8"] = option(
+        "int8",
+        "Codec of gradients on the wire: int8 (1 byte a value, 0.9 % error), scaled_float16 (2 bytes), float16 (2 "
+        "bytes; flushes values under 6e-8), none (4 bytes).",
     )
     state_compression: Literal["none", "float16", "scaled_float16"] = option(
-        "float16", "Codec of parameters, when they are averaged and when a newcomer downloads them."
+        "float16", "Codec of parameters when they are averaged (int8 is too coarse). Newcomers get the exact state."
     )
     average_state_every: int = option(
         5,

@@ -27,6 +27,7 @@ from collab.page import PeerView, Round, RunView, render_page
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
 from collab.publish import Publisher
+from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
 
@@ -66,6 +67,7 @@ def main() -> None:
         manifest.serve(peer, folder)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
+        self_test([settings["grad_compression"], settings["state_compression"]])
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
         task = find_task(settings["task"])(settings, folder, cache_dir)

@@ -31,6 +31,7 @@ from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
+from collab.selftest import self_test
 from tasks import find_task
 
 
@@ -67,6 +68,7 @@ def main() -> None:
         manifest.serve(peer, folder)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
+        self_test([settings["grad_compression"], settings["state_compression"]])
         name = mine.public_name or peer.peer_id[-6:]
         console.line(f"{name} joins the run {run_id} on {device} ({str(precision).removeprefix('torch.')})")
         if not network.initial_peers:

@@ -62,11 +62,16 @@ class Report:
         return 0 if all(row.ok for row in self.rows) else 1
 
 
-def run_benchmark(description: str, measure: Callable[[Report], None]) -> NoReturn:
-    """The whole command line of a benchmark module."""
+def run_benchmark(description: str, measure: Callable[..., None], **numbers: int) -> NoReturn:
+    """The whole command line of a benchmark module.
+
+    :param numbers: what can be set, with its default: `rounds=50` is an option `--rounds` and `measure` gets `rounds`.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     options = parser.parse_args()
     report = Report()
-    measure(report)
+    measure(report, **{name: getattr(options, name) for name in numbers})
     sys.exit(report.finish(options.json))

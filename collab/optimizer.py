@@ -13,10 +13,10 @@ from typing import Any
 import hivemind
 import torch
 from hivemind.averaging.control import StepControl
-from hivemind.compression import CompressionBase, Float16Compression, NoCompression, ScaledFloat16Compression
 from torch.optim.lr_scheduler import LambdaLR
 
 from collab.averager import Averager, RoundTally, StateAverager
+from collab.codecs import CODECS
 from collab.lamb import Lamb
 from collab.peer import Peer
 
@@ -26,13 +26,6 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step")
 
 ParamGroups = Sequence[dict[str, Any]]
-
-CODECS: dict[str, CompressionBase] = {
-    "none": NoCompression(),
-    "float16": Float16Compression(),
-    "scaled_float16": ScaledFloat16Compression(),
-}
-
 
 LOAD_STATE_ATTEMPTS = 3
 LEAVE_SECONDS = 4.0

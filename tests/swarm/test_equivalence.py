@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_model
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.regression_peer import SETTINGS, loss_of, make_model
 from collab.optimizer import linear_schedule, weight_decay_groups
-from tests.swarm.linear_worker import SETTINGS, loss_of, make_model
 from tests.swarm.processes import Program, wait_until
 
 pytestmark = pytest.mark.swarm
@@ -42,7 +42,8 @@ def test_two_peers_end_at_the_weights_of_one_process(tmp_path: Path, sizes: list
 
 
 def start_worker(folder: Path, number: int, sizes: str, *initial_peers: str) -> Program:
-    command = ["-m", "tests.swarm.linear_worker", str(folder), str(number), str(STEPS), sizes, *initial_peers]
+    command = ["-m", "benchmarks.regression_peer", str(folder), "--number", str(number), "--steps", str(STEPS)]
+    command += ["--sizes", *sizes.split(","), "--initial_peers", *initial_peers]
     return Program(f"worker-{number}", command, folder / f"worker-{number}.log")
 
 

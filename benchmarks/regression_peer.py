@@ -1,0 +1,184 @@
+"""A peer that trains a small regression on known samples, for comparing a swarm with a single process.
+
+Everything is the product's own but the model and the data. It writes which samples went into which global step, the
+verdict on every round, the gradients of the last one, and the CPU time that all its processes took.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file, save_model
+
+from collab.assistant import Assistant
+from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
+from collab.peer import Peer
+from collab.processes import StopSignal, guard_children, run_program
+
+SETTINGS: dict[str, Any] = {
+    "run_id": "regression",
+    "max_global_steps": 100,
+    "optimizer": "adamw",
+    "learning_rate": 0.01,
+    "min_learning_rate": 0.0,
+    "warmup_steps": 2,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 1.0,
+    "target_batch_size": 2000,
+    "matchmaking_time": 1.0,
+    "averaging_timeout": 15.0,
+    "metadata_expiration": 10.0,
+    "grad_compression": "none",
+    "state_compression": "none",
+    "average_state_every": 1000,
+    "quorum": 0.5,
+    "failed_round": "local",
+    "delay_optimizer_step": False,
+    "delay_grad_averaging": False,
+    "delay_state_averaging": False,
+}
+
+
+def make_model(width: int = 32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, width), torch.nn.LayerNorm(width), torch.nn.GELU(), torch.nn.Linear(width, width),
+        torch.nn.GELU(), torch.nn.Linear(width, 4),
+    )  # fmt: skip
+
+
+def samples(seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Micro-batch number `seed`: inputs [size, 16] and targets [size, 4]."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 16, generator=generator)
+    return inputs, torch.stack([inputs[:, :4].sum(1), inputs[:, 4], inputs[:, 5] * 2, inputs[:, 6].sin()], dim=1)
+
+
+def loss_of(model: torch.nn.Module, seed: int, size: int) -> torch.Tensor:
+    inputs, targets = samples(seed, size)
+    return torch.nn.functional.mse_loss(model(inputs), targets)
+
+
+def cpu_by_process() -> dict[str, float]:
+    """CPU seconds of this process and everything it started, so far."""
+    me = psutil.Process()
+    classes = {child.pid: child.name.partition("-")[0] for child in multiprocessing.active_children()}
+    seconds: dict[str, float] = {}
+    for process in (me, *me.children(recursive=True)):
+        name = "trainer" if process == me else classes.get(process.pid) or process.name()
+        times = process.cpu_times()
+        seconds[name] = seconds.get(name, 0.0) + times.user + times.system
+    return seconds
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--number", type=int, default=0, help="which peer this is")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16], help="micro-batch sizes, in turn")
+    parser.add_argument("--role", choices=["trainer", "client", "auxiliary"], default="trainer")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--pace", type=float, default=0.03, help="seconds that a micro-batch takes at least")
+    parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--initial_peers", nargs="*", default=[])
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    folder, number, settings = options.folder, options.number, SETTINGS | options.settings
+    torch.set_num_threads(1)
+    guard_children()
+    stop = StopSignal()
+    peer = Peer(
+        initial_peers=options.initial_peers,
+        host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+        client_mode=options.role == "client",
+    )
+    announce(folder / f"address-{number}", peer.addresses()[0] if options.role != "client" else "")
+    model = make_model(options.width)
+    auxiliary = options.role == "auxiliary"
+    optimizer = make_optimizer(
+        peer, weight_decay_groups(model, settings["weight_decay"]), settings, auxiliary=auxiliary
+    )
+    stop.listen()
+    assistant = Assistant(optimizer) if auxiliary else None
+    announce(folder / f"ready-{number}", "")
+    deadline = time.monotonic() + 120
+    while not (folder / "go").exists() and time.monotonic() < deadline and not stop.wait(0.02):
+        pass
+    began, cpu_before = time.monotonic(), cpu_by_process()
+    by_step: dict[int, list[tuple[int, int]]] = {}
+    reports: list[dict[str, Any]] = []
+    turn = 0
+    try:
+        while assistant is not None and not stop.wait(0.1):
+            report = optimizer.last_round
+            if report is not None and (not reports or reports[-1]["step"] != report.step):
+                reports.append(asdict(report))
+        while assistant is None and optimizer.local_epoch < options.steps and not stop:
+            turn_began = time.monotonic()
+            step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
+            seed, size = number * 1_000_000 + turn, options.sizes[turn % len(options.sizes)]
+            turn += 1
+            optimizer.zero_grad()
+            loss_of(model, seed, size).backward()
+            by_step.setdefault(step, []).append((seed, size))
+            optimizer.step(batch_size=size)
+            if optimizer.states_loaded > states_loaded:
+                del by_step[step]  # a slow machine: the others went on without this peer, whose samples are lost
+            elif optimizer.local_epoch > step:
+                report = optimizer.last_round
+                assert report is not None and report.step == step + 1
+                reports.append(asdict(report))
+            stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
+        cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
+        log = {
+            "by_step": by_step,
+            "reports": reports,
+            "cpu_seconds": sum(cpu.values()),
+            "cpu_by_process": cpu,
+            "wall_seconds": time.monotonic() - began,
+            "turns": turn,
+            "assisted": assistant.rounds if assistant else 0,
+        }
+        if assistant is None:
+            save_model(model, str(folder / f"weights-{number}.safetensors"))
+            save_gradients(optimizer, folder, number)
+        announce(folder / f"log-{number}.json", json.dumps(log))
+    finally:
+        if assistant is not None:
+            assistant.stop()
+        optimizer.leave()
+        peer.close()
+
+
+def save_gradients(optimizer: SwarmOptimizer, folder: Path, number: int) -> None:
+    """What this peer put into the last round, and what came out."""
+    own = optimizer.grad_averager._before_round or []
+    with optimizer.grad_averager.get_tensors() as averaged:
+        save_file(
+            {str(i): tensor.clone() for i, tensor in enumerate(averaged)}, folder / f"averaged-{number}.safetensors"
+        )
+    save_file({str(i): tensor for i, tensor in enumerate(own)}, folder / f"own-{number}.safetensors")
+
+
+def announce(path: Path, text: str) -> None:
+    """Write a small file at once, so that whoever waits for it never reads half of it."""
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text)
+    scratch.rename(path)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,102 @@
+"""What goes into an average: nothing that is not finite, nobody more than allowed, and never 0 / 0."""
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+import torch
+from hivemind.averaging.partition import TensorPartReducer
+
+from collab.averager import Reducer
+from collab.optimizer import StepGuard
+
+HONEST = torch.tensor([1.0, 2.0, 3.0])
+
+
+def average(kind: type[TensorPartReducer], parts: list[tuple[torch.Tensor, float]]) -> tuple[torch.Tensor, Any]:
+    """What all senders of one part get back, and the reducer that made it; ours lets nobody count for more than 100."""
+
+    async def run() -> tuple[torch.Tensor, Any]:
+        limit = (100.0,) if kind is Reducer else ()
+        reducer = kind([HONEST.shape], len(parts), *limit)
+        tasks = [reducer.accumulate_part(sender, 0, part, weight) for sender, (part, weight) in enumerate(parts)]
+        return (await asyncio.gather(*tasks))[0], reducer
+
+    return asyncio.run(run())
+
+
+BAD_PARTS = [
+    pytest.param(torch.tensor([math.nan, 2.0, 3.0]), 10.0, id="NaN"),
+    pytest.param(torch.tensor([1.0, math.inf, 3.0]), 10.0, id="infinite"),
+    pytest.param(HONEST * 5, math.nan, id="NaN weight"),
+    pytest.param(HONEST * 5, -9.0, id="negative weight"),
+    pytest.param(HONEST * 5, math.inf, id="infinite weight"),
+]
+
+
+@pytest.mark.parametrize("part, weight", BAD_PARTS)
+def test_a_bad_part_is_left_out_and_its_sender_named(part: torch.Tensor, weight: float) -> None:
+    result, reducer = average(Reducer, [(HONEST, 10.0), (part, weight)])
+    torch.testing.assert_close(result, HONEST)
+    assert reducer.rejected_senders == {1}
+    assert reducer.first_part_weight == 10.0
+
+
+@pytest.mark.parametrize("part, weight", BAD_PARTS)
+def test_stock_hivemind_takes_it_in(part: torch.Tensor, weight: float) -> None:
+    """When this fails, upstream has mended it and `Reducer` can go."""
+    result, _ = average(TensorPartReducer, [(HONEST, 10.0), (part, weight)])
+    assert not torch.allclose(result, HONEST)
+
+
+def test_nobody_counts_for_more_than_allowed() -> None:
+    parts = [(HONEST, 100.0), (-HONEST, 1e6)]
+    torch.testing.assert_close(average(Reducer, parts)[0], torch.zeros(3))  # 100 against 100
+    assert torch.allclose(average(TensorPartReducer, parts)[0], -HONEST, rtol=1e-3)
+
+
+def test_weights_of_zero_make_zero_and_not_nan() -> None:
+    parts = [(HONEST, 0.0), (HONEST, 0.0)]
+    assert average(Reducer, parts)[0].tolist() == [0.0, 0.0, 0.0]
+    assert average(TensorPartReducer, parts)[0].isnan().all()
+
+
+def test_honest_parts_are_averaged_by_their_samples() -> None:
+    result, reducer = average(Reducer, [(HONEST, 30.0), (HONEST * 5, 10.0)])
+    torch.testing.assert_close(result, HONEST * 2)
+    assert reducer.rejected_senders == set() and reducer.first_part_weight == 40.0
+
+
+def guarded() -> tuple[StepGuard, torch.nn.Parameter, torch.optim.Optimizer]:
+    param = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = torch.optim.AdamW([param], lr=0.1, weight_decay=0.1)
+    guard = StepGuard(max_grad_norm=1.0)
+    guard.attach(optimizer)
+    param.grad = torch.tensor([1.0, 1.0])
+    optimizer.step()  # momentum, which could move the weights later on
+    return guard, param, optimizer
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bad: float) -> None:
+    guard, param, optimizer = guarded()
+    before = param.detach().clone()
+    param.grad = torch.tensor([bad, 1.0])
+    gradient = param.grad
+    optimizer.step()
+    assert torch.equal(param, before) and guard.held == 1
+    assert param.grad is gradient  # hivemind checks that gradients stay the same tensors
+    param.grad = torch.tensor([1.0, 1.0])
+    optimizer.step()
+    assert not torch.equal(param, before) and param.isfinite().all() and guard.held == 1
+
+
+def test_a_step_can_be_held_back_once() -> None:
+    guard, param, optimizer = guarded()
+    before = param.detach().clone()
+    guard.hold_next = True
+    optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.step()
+    assert not torch.equal(param, before)

@@ -1,0 +1,111 @@
+"""Who takes part in a round, and what happens to it when somebody does not."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.swarm.conftest import Swarm
+from tests.swarm.processes import Program, assert_no_survivors, wait_until
+
+pytestmark = pytest.mark.swarm
+
+
+class Peers:
+    """Regression peers that start together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.programs: list[Program] = []
+
+    def start(self, role: str = "trainer", steps: int = 4, **settings: Any) -> Program:
+        number = len(self.programs)
+        command = ["-m", "benchmarks.regression_peer", str(self.folder), "--number", str(number), "--role", role]
+        command += ["--steps", str(steps), "--settings", json.dumps(settings)]
+        if self.programs:
+            command += ["--initial_peers", (self.folder / "address-0").read_text()]
+        program = Program(f"{role}-{number}", command, self.folder / f"peer-{number}.log")
+        self.programs.append(program)
+        wait_until((self.folder / f"ready-{number}").exists, 60, program.output)
+        program.remember_family()
+        return program
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def reports(self, number: int) -> list[dict[str, Any]]:
+        return json.loads((self.folder / f"log-{number}.json").read_text())["reports"]
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Peers]:
+    peers = Peers(tmp_path)
+    yield peers
+    for program in peers.programs:
+        program.end()
+    for program in peers.programs:
+        assert_no_survivors(program)
+
+
+def test_peers_that_accept_no_connections_average_through_an_auxiliary_peer(peers: Peers) -> None:
+    auxiliary = peers.start("auxiliary")
+    clients = [peers.start("client"), peers.start("client")]
+    peers.go()
+    assert [client.wait(120) for client in clients] == [0, 0], clients[0].output()
+    for number in (1, 2):
+        applied = [report for report in peers.reports(number) if report["applied"]]
+        assert len(applied) >= 3, peers.reports(number)
+        for report in applied:
+            assert report["met"] == 2 and report["parts"] == 1.0
+            assert report["samples"] == 0  # a client averages nothing itself
+    one, other = (load_file(peers.folder / f"weights-{number}.safetensors") for number in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5)
+    auxiliary.interrupt()
+    assert auxiliary.wait(30) == 0, auxiliary.output()
+    assert json.loads((peers.folder / "log-0.json").read_text())["assisted"] >= 3
+
+
+def test_an_auxiliary_peer_adds_no_traffic(peers: Peers) -> None:
+    """Stock hivemind makes it send a full set of tensors with weight zero."""
+    peers.start("auxiliary")
+    trainers = [peers.start(), peers.start()]
+    peers.go()
+    assert [trainer.wait(120) for trainer in trainers] == [0, 0], trainers[0].output()
+    size = sum(tensor.numel() * 4 for tensor in load_file(peers.folder / "averaged-1.safetensors").values())
+    helped = [report for number in (1, 2) for report in peers.reports(number) if report["applied"]]
+    assert len(helped) >= 4
+    for report in helped:
+        # Two trainers send each other half of their tensors, and half of the averages: one whole set each way. What the
+        # auxiliary peer averages instead changes who gets it, not how much it is.
+        assert report["bytes_sent"] < 1.3 * size, (report, size)
+        assert report["met"] == 2
+
+
+def test_the_survivor_of_a_killed_peer_goes_on_alone_and_says_so(peers: Peers) -> None:
+    survivor = peers.start(steps=5, averaging_timeout=6.0, metadata_expiration=10.0)
+    victim = peers.start(steps=50, averaging_timeout=6.0, metadata_expiration=10.0)
+    peers.go()
+    victim.process.kill()
+    assert_no_survivors(victim)  # p2pd, DHT and averagers end with it
+    assert survivor.wait(120) == 0, survivor.output()
+    reports = peers.reports(0)
+    assert len(reports) == 5
+    assert not reports[-1]["applied"] and reports[-1]["met"] == 1
+    for tensor in load_file(peers.folder / "weights-0.safetensors").values():
+        assert tensor.isfinite().all()
+
+
+def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:
+    _, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
+    trainer = swarm.start_trainer("trainer", address)
+    trainer.wait_for_output("step 1/1000")
+    trainer.interrupt(signal.SIGKILL)
+    assert trainer.wait() == -signal.SIGKILL
+    assert len(trainer.family) >= 4
+    assert_no_survivors(trainer)
