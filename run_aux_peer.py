@@ -75,7 +75,11 @@ def main() -> None:
         if resumed:
             load_weights_into(task.model, resumed.folder)
         optimizer = make_optimizer(
-            peer, weight_decay_groups(task.model, settings["weight_decay"]), settings, auxiliary=True
+            peer,
+            weight_decay_groups(task.model, settings["weight_decay"]),
+            settings,
+            swarm_id=manifest.swarm_id,
+            auxiliary=True,
         )
         stop.listen()
         if resumed:

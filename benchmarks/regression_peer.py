@@ -109,7 +109,11 @@ def main() -> None:
     model = make_model(options.width)
     auxiliary = options.role == "auxiliary"
     optimizer = make_optimizer(
-        peer, weight_decay_groups(model, settings["weight_decay"]), settings, auxiliary=auxiliary
+        peer,
+        weight_decay_groups(model, settings["weight_decay"]),
+        settings,
+        swarm_id=settings["run_id"],
+        auxiliary=auxiliary,
     )
     stop.listen()
     assistant = Assistant(optimizer) if auxiliary else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from hivemind.averaging.allreduce import AllReduceRunner, AveragingMode
+from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import PotentialLeaders
@@ -23,7 +24,7 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
-from hivemind.utils import MPFuture
+from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.asyncio import aiter_with_timeout, as_aiter, azip
 from hivemind.utils.streaming import combine_from_streaming
 
@@ -224,6 +225,13 @@ class Averager(_PatientMatchmaking, GradientAverager):
         self.max_weight = max_weight
         self._tally: RoundTally | None = None
         super().__init__(*args, **kwargs)
+
+    def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
+        """Begin to look for a group. An auxiliary peer plans to start later than the others: the peer with the earliest
+        plan leads, and an auxiliary leader could begin with a single trainer while the others are on their way."""
+        if self.mode == AveragingMode.AUX and scheduled_time is None:
+            scheduled_time = get_dht_time() + 2 * self.matchmaking_kwargs["min_matchmaking_time"]
+        return super().schedule_step(scheduled_time, **kwargs)
 
     @torch.no_grad()
     def load_accumulators_into_averager_(self) -> None:

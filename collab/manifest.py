@@ -41,6 +41,15 @@ class Manifest:
         """The first half of a SHA-256 over the whole content: equal on all peers of one run."""
         return hashlib.sha256(self._document()).hexdigest()[:32]
 
+    @property
+    def swarm_id(self) -> str:
+        """Under this name peers look for each other: those with another model, tokenizer or setting have another one.
+
+        Tensor shapes alone do not tell: a peer with another vocabulary would train alone in silence, and one with
+        another number of ALBERT layers would join unnoticed, because the layers share their weights.
+        """
+        return f"{self.settings['run_id']}_{self.fingerprint[:12]}"
+
     def to_bytes(self) -> bytes:
         """The document as it travels: compressed JSON, files in base64."""
         return zlib.compress(self._document())

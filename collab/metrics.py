@@ -6,14 +6,16 @@ import time
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.utils import ValueWithExpiration, get_dht_time
-from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, constr
+from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, conlist, constr
 
+from collab.agreement import NOT_FINITE, SKETCH_SIZE
 from collab.peer import Peer, peer_id_of_key
 from collab.processes import StopSignal
 
 logger = logging.getLogger(__name__)
 
 MAX_STEP = 10**9
+MAX_REASON = 200
 MAX_SAMPLES = 10**15
 
 
@@ -49,12 +51,14 @@ class PeerRecord(BaseModel):
     """From the group to the average."""
     grad_norm: confloat(strict=True, ge=-1.0, le=1e30)  # type: ignore[valid-type]
     """Norm of the averaged gradient before clipping; -1 if it was not finite and the step was held back."""
+    sketch: conlist(confloat(strict=True, ge=-NOT_FINITE, le=NOT_FINITE), max_items=SKETCH_SIZE)  # type: ignore[valid-type]
+    """`agreement.sketch` of the parameters after this step."""
     skipped_batches: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Micro-batches of this session that were dropped for a NaN or infinite gradient."""
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
-    reason: constr(strict=True, max_length=200) = ""  # type: ignore[valid-type]
+    reason: constr(strict=True, max_length=MAX_REASON) = ""  # type: ignore[valid-type]
     """Why the round was not applied, in a few words; empty if it was."""
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from collab.agreement import SKETCH_SIZE, spread
 from collab.metrics import PeerRecord
 
 PATIENCE = 5.0
@@ -37,6 +38,8 @@ class StepSummary:
     """The smallest share of tensor parts that any peer got averaged."""
     bytes_per_peer: float
     """Payload sent and received by a peer, mean over peers."""
+    model_spread: float
+    """Largest relative distance of a peer's parameters from the majority's; NaN if nobody sent a sketch."""
     matchmaking_seconds: float
     """Of the slowest peer."""
     allreduce_seconds: float
@@ -104,6 +107,7 @@ class Monitor:
 
 def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
     samples = sum(record.samples for record in records)
+    sketches = [record.sketch for record in records if len(record.sketch) == SKETCH_SIZE]
     return StepSummary(
         step=step,
         loss=sum(record.loss * record.samples for record in records) / samples if samples else math.nan,
@@ -116,6 +120,7 @@ def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
         peers_alone=sum(record.alone for record in records),
         parts=min(record.parts for record in records),
         bytes_per_peer=sum(record.bytes_sent + record.bytes_received for record in records) / len(records),
+        model_spread=spread(sketches) if sketches else math.nan,
         matchmaking_seconds=max(record.matchmaking_seconds for record in records),
         allreduce_seconds=max(record.allreduce_seconds for record in records),
         time=time.time(),

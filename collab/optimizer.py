@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from collab.averager import Averager, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.lamb import Lamb
+from collab.metrics import MAX_REASON
 from collab.peer import Peer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\
 ParamGroups = Sequence[dict[str, Any]]
 
 LOAD_STATE_ATTEMPTS = 3
+LOAD_STATE_PAUSE = 1.0
 LEAVE_SECONDS = 4.0
 
 
@@ -57,6 +59,12 @@ class RoundReport:
     rejected: tuple[str, ...]
     """Peer ids whose values were left out because they were not finite."""
 
+    def as_record(self) -> dict[str, Any]:
+        """The fields of a `PeerRecord` that this verdict decides about."""
+        same = ("applied", "parts", "bytes_sent", "bytes_received", "matchmaking_seconds", "allreduce_seconds")
+        renamed = {"peers_met": self.met, "peers_expected": self.expected, "reason": self.reason[:MAX_REASON]}
+        return {name: getattr(self, name) for name in same} | renamed
+
 
 class StepGuard:
     """Stands between the gradient that was averaged and the weights: clips it, or holds the step back.
@@ -70,8 +78,8 @@ class StepGuard:
         """Set it to let the next step pass without effect."""
         self.held = 0
         """Steps that were held back."""
-        self.grad_norm = math.nan
-        """Norm of the latest gradient, before clipping."""
+        self.grad_norm = 0.0
+        """Norm of the latest gradient, before clipping; -1 if it was not finite."""
         self._set_aside: list[torch.Tensor | None] = []
 
     def attach(self, inner: torch.optim.Optimizer) -> None:
@@ -81,8 +89,9 @@ class StepGuard:
 
     def _before(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         params = _params(inner)
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm or math.inf))
-        if self.hold_next or not math.isfinite(self.grad_norm):
+        norm = float(torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm or math.inf))
+        self.grad_norm = norm if math.isfinite(norm) else -1.0
+        if self.hold_next or self.grad_norm < 0:
             # Optimizers pass over parameters without a gradient: neither momentum nor weight decay moves them.
             self._set_aside = [param.grad for param in params]
             for param in params:
@@ -181,11 +190,12 @@ class SwarmOptimizer(hivemind.Optimizer):
                 "Round %d: peer %s sent values that are not finite; they were left out", self._round_step, peer[-6:]
             )
 
-    def load_state_from_peers(self, **kwargs: Any) -> bool:
+    def load_state_from_peers(self, even_if_current: bool = False, **kwargs: Any) -> bool:
         """Take over parameters, optimizer state, global step and schedule from the most advanced peer, if any.
 
         Upstream tries for ever (optim/optimizer.py:702), and downloads every donor's gradients beside its state.
 
+        :param even_if_current: also when this peer is not behind.
         :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it.
         """
         if self.scheduled_grads is not None and not self.scheduled_grads.done():
@@ -195,9 +205,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
             loaded = False
-            for _ in range(LOAD_STATE_ATTEMPTS):
+            for attempt in range(LOAD_STATE_ATTEMPTS):
+                if attempt:
+                    time.sleep(LOAD_STATE_PAUSE)  # donors may be about to finish the step that this peer has reached
                 loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                if loaded or self.tracker.global_epoch <= self.local_epoch:
+                if loaded or (self.tracker.global_epoch <= self.local_epoch and not even_if_current):
                     break
             else:
                 logger.warning("No peer could hand out its state after %d attempts", LOAD_STATE_ATTEMPTS)
@@ -218,6 +230,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.state_averager._update_scheduler()
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
+
+    def replace_state(self) -> bool:
+        """Take over the state of another peer because this one's is wrong; nobody gets the wrong one meanwhile."""
+        shares = self.state_averager.allow_state_sharing
+        self.state_averager.allow_state_sharing = False
+        loaded = self.load_state_from_peers(even_if_current=True)
+        self.state_averager.allow_state_sharing = shares and loaded
+        return loaded
 
     def skip_to(self, step: int) -> None:
         """Follow the swarm to a later global step without its state; for auxiliary peers, which put in nothing."""
@@ -272,6 +292,7 @@ def make_optimizer(
     param_groups: ParamGroups,
     settings: Mapping[str, Any],
     *,
+    swarm_id: str,
     offload_optimizer: bool = False,
     bandwidth: float | None = None,
     auxiliary: bool = False,
@@ -282,6 +303,7 @@ def make_optimizer(
 
     :param param_groups: `[{"params": [...], "weight_decay": 0.01}, ...]`, the same on all peers.
     :param settings: the agreed arguments of the run (`OptimizerArguments`, `SwarmArguments`, run id and length).
+    :param swarm_id: name under which peers find each other; only peers with the same one average together.
     :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM.
     :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: as much as the others on average.
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
@@ -316,7 +338,7 @@ def make_optimizer(
         quorum=settings["quorum"],
         failed_round=settings["failed_round"],
         dht=peer.dht,
-        run_id=settings["run_id"],
+        run_id=swarm_id,
         params=list(param_groups),
         optimizer=make_inner,
         scheduler=lambda inner: LambdaLR(inner, schedule),

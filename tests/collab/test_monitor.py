@@ -42,6 +42,7 @@ def record(peer: str, step: int, **changes) -> PeerRecord:
         matchmaking_seconds=1.0,
         allreduce_seconds=0.5,
         grad_norm=1.0,
+        sketch=[1.0] * 16,
         client_mode=False,
         time=1.7e9,
     )
@@ -186,7 +187,8 @@ def test_a_restart_repeats_no_step(clock, tmp_path):
 def test_a_summary_survives_the_metrics_file(tmp_path, loss):
     written = StepSummary(
         step=7, loss=loss, samples=123, samples_per_second=4.5, peers=3, peers_met=2, peers_expected=4,
-        peers_averaged=2, peers_alone=1, parts=0.5, bytes_per_peer=10.0, matchmaking_seconds=1.0, allreduce_seconds=0.1,
+        peers_averaged=2, peers_alone=1, parts=0.5, bytes_per_peer=10.0, model_spread=0.1,
+            matchmaking_seconds=1.0, allreduce_seconds=0.1,
             time=time.time(),
     )  # fmt: skip
     tracker = JsonLinesTracker(tmp_path)

@@ -26,7 +26,7 @@ def build(monkeypatch):
             lambda **options: SimpleNamespace(**options, share_state_memory=lambda: None),
         )
         settings = agreed_settings({"run_id": "ours", **given})
-        return make_optimizer(PEER, param_groups, settings, auxiliary=auxiliary)
+        return make_optimizer(PEER, param_groups, settings, swarm_id=settings["run_id"], auxiliary=auxiliary)
 
     return build_until_start
 

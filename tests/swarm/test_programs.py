@@ -122,6 +122,18 @@ def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> Non
     assert "dropped" in faulty.output() and "dropped" not in healthy.output()
 
 
+def test_a_peer_that_has_another_model_takes_over_the_majoritys(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=8, average_state_every=100))
+    healthy = [swarm.start_trainer(name, address) for name in ("one", "two")]
+    stray = swarm.start_trainer("stray", address, program="tests/swarm/trainer_that_strays.py")
+    programs = (*healthy, stray, auxiliary)
+    assert [program.wait(120) for program in programs] == [0, 0, 0, 0], stray.output()
+    assert "taking over theirs" in stray.output()
+    assert not any("taking over theirs" in program.output() for program in healthy)
+    spread = {entry["step"]: entry["model_spread"] for entry in read_history(swarm.folder / "run" / "metrics.jsonl")}
+    assert spread[3] > 0.1 and spread[8] < 0.02
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_both_programs_leave_when_asked_and_take_their_children_along(swarm: Swarm, number: signal.Signals) -> None:
     auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))

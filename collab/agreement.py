@@ -1,0 +1,54 @@
+"""Whether peers still have the same model: a few numbers that differ as much as the models do."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+import torch
+
+SKETCH_SIZE = 16
+NOT_FINITE = 1e30  # stands for what JSON and comparisons cannot carry; far away from any model
+TOLERANCE = 0.02
+"""Relative distance at which two models count as different. Right after parameters were averaged in float16 they are
+within 1e-3 of each other; a peer that missed a few steps is several percent away."""
+
+
+@torch.no_grad()
+def sketch(params: Iterable[torch.Tensor]) -> list[float]:
+    """A count sketch of all parameters (Charikar et al. 2002, section 3).
+
+    Distances between sketches estimate distances between models, to about a quarter at this size.
+
+    Every value is added to one of `SKETCH_SIZE` sums with a random sign that is the same on all peers. Unlike a hash it
+    tells a rounding difference from another model.
+    """
+    sums = torch.zeros(SKETCH_SIZE, dtype=torch.float64)
+    for index, param in enumerate(params):
+        values = param.detach().flatten().to("cpu", torch.float32)
+        generator = torch.Generator().manual_seed(index)
+        signs = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        values = torch.nn.functional.pad(values * signs, (0, -len(values) % SKETCH_SIZE))
+        sums += values.view(-1, SKETCH_SIZE).sum(0, dtype=torch.float64)
+    return sums.nan_to_num(nan=NOT_FINITE, posinf=NOT_FINITE, neginf=NOT_FINITE).clamp(-NOT_FINITE, NOT_FINITE).tolist()
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Distance of two sketches, relative to the size of the second one."""
+    difference, size = math.dist(one, other), math.hypot(*other)
+    return difference / size if size else math.inf if difference else 0.0
+
+
+def majority(sketches: Sequence[Sequence[float]]) -> list[float]:
+    """The model that most peers have: the median of each number, which a minority cannot move far."""
+    return [statistics.median(values) for values in zip(*sketches, strict=True)]
+
+
+def spread(sketches: Sequence[Sequence[float]]) -> float:
+    """The largest distance of any of these models from the majority's."""
+    return max((distance(one, majority(sketches)) for one in sketches), default=0.0)
+
+
+def deviates(mine: Sequence[float], all_sketches: Sequence[Sequence[float]]) -> bool:
+    """Whether `mine` is another model than the majority's. False while there is no majority: fewer than three peers."""
+    known = [one for one in all_sketches if len(one) == len(mine)]
+    return len(known) >= 3 and distance(mine, majority(known)) > TOLERANCE
