@@ -20,14 +20,14 @@ from arguments import (
     pick,
     refuse_contradictions,
 )
-from collab.agreement import deviates, sketch
+from collab.agreement import sketch
 from collab.checkpoint import save_checkpoint
 from collab.console import Console, show_log
 from collab.device import pick_device, pick_precision
 from collab.errors import UserError
 from collab.files import make_folder
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
-from collab.metrics import PeerRecord, metrics_validators, publish_record, read_records, wait_until_saved
+from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
@@ -97,7 +97,6 @@ def main() -> None:
                 console.line(f"Starting from global step {optimizer.local_epoch}")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
-            my_sketch: list[float] = []
             # With the step in its place, a peer that comes back does not see its first samples again.
             batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
             while not stop and step < last_step:
@@ -135,10 +134,6 @@ def main() -> None:
                     continue
                 if report is None:  # the first round is still being averaged in the background
                     continue
-                # Peers that no longer have the majority's model would spoil every average from now on.
-                before = [record.sketch for record in read_records(peer, run_id) if record.step == step - 1]
-                strayed = deviates(my_sketch, before)
-                my_sketch = sketch(task.model.parameters())
                 samples_total += samples if report.applied or report.expected == 1 else 0
                 record = PeerRecord(
                     name=name,
@@ -150,7 +145,7 @@ def main() -> None:
                     samples_total=samples_total,
                     samples_per_second=float(optimizer.tracker.performance_ema.samples_per_second),
                     grad_norm=optimizer.guard.grad_norm,
-                    sketch=my_sketch,
+                    sketch=sketch(task.model.parameters()),
                     skipped_batches=skipped,
                     client_mode=network.client_mode,
                     time=get_dht_time(),
@@ -159,10 +154,6 @@ def main() -> None:
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
                 console.line(record.as_line(last_step))
                 loss_sum, samples = 0.0, 0
-                if strayed:
-                    console.line("This model is not the one that most peers have: taking over theirs")
-                    optimizer.replace_state()
-                    states_loaded = optimizer.states_loaded
 
             # ---- leave
             if step >= last_step:

@@ -306,9 +306,9 @@ def add_cost_rows(
     report.figure(f"{name}: plain loop, CPU of a micro-batch", per_turn * 1000, "ms")
     spread = [run.cpu_seconds / run.turns for run in plain]
     report.figure(f"{name}: plain loop after to before", spread[-1] / spread[0], "x")
-    steps = statistics.mean(log["wall_seconds"] / max(1, len(log["reports"])) for log in logs)
-    report.figure(f"{name}: global step, mean", steps, "s")
-    report.figure(f"{name}: micro-batches of a peer a step", turns / sum(len(log["reports"]) for log in logs), "")
+    steps = max(1, sum(len(log["reports"]) for log in logs))
+    report.figure(f"{name}: global step, mean", sum(log["wall_seconds"] for log in logs) / steps, "s")
+    report.figure(f"{name}: micro-batches of a peer in a step", turns / steps, "")
 
 
 def measure_cost(report: Report, roles: Sequence[str], every: int, bar: float | None) -> None:

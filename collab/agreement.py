@@ -8,9 +8,6 @@ import torch
 
 SKETCH_SIZE = 16
 NOT_FINITE = 1e30  # stands for what JSON and comparisons cannot carry; far away from any model
-TOLERANCE = 0.02
-"""Relative distance at which two models count as different. Right after parameters were averaged in float16 they are
-within 1e-3 of each other; a peer that missed a few steps is several percent away."""
 
 
 @torch.no_grad()
@@ -46,9 +43,3 @@ def majority(sketches: Sequence[Sequence[float]]) -> list[float]:
 def spread(sketches: Sequence[Sequence[float]]) -> float:
     """The largest distance of any of these models from the majority's."""
     return max((distance(one, majority(sketches)) for one in sketches), default=0.0)
-
-
-def deviates(mine: Sequence[float], all_sketches: Sequence[Sequence[float]]) -> bool:
-    """Whether `mine` is another model than the majority's. False while there is no majority: fewer than three peers."""
-    known = [one for one in all_sketches if len(one) == len(mine)]
-    return len(known) >= 3 and distance(mine, majority(known)) > TOLERANCE

@@ -190,12 +190,11 @@ class SwarmOptimizer(hivemind.Optimizer):
                 "Round %d: peer %s sent values that are not finite; they were left out", self._round_step, peer[-6:]
             )
 
-    def load_state_from_peers(self, even_if_current: bool = False, **kwargs: Any) -> bool:
+    def load_state_from_peers(self, **kwargs: Any) -> bool:
         """Take over parameters, optimizer state, global step and schedule from the most advanced peer, if any.
 
         Upstream tries for ever (optim/optimizer.py:702), and downloads every donor's gradients beside its state.
 
-        :param even_if_current: also when this peer is not behind.
         :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it.
         """
         if self.scheduled_grads is not None and not self.scheduled_grads.done():
@@ -209,7 +208,7 @@ class SwarmOptimizer(hivemind.Optimizer):
                 if attempt:
                     time.sleep(LOAD_STATE_PAUSE)  # donors may be about to finish the step that this peer has reached
                 loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                if loaded or (self.tracker.global_epoch <= self.local_epoch and not even_if_current):
+                if loaded or self.tracker.global_epoch <= self.local_epoch:
                     break
             else:
                 logger.warning("No peer could hand out its state after %d attempts", LOAD_STATE_ATTEMPTS)
@@ -230,14 +229,6 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.state_averager._update_scheduler()
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
-
-    def replace_state(self) -> bool:
-        """Take over the state of another peer because this one's is wrong; nobody gets the wrong one meanwhile."""
-        shares = self.state_averager.allow_state_sharing
-        self.state_averager.allow_state_sharing = False
-        loaded = self.load_state_from_peers(even_if_current=True)
-        self.state_averager.allow_state_sharing = shares and loaded
-        return loaded
 
     def skip_to(self, step: int) -> None:
         """Follow the swarm to a later global step without its state; for auxiliary peers, which put in nothing."""

@@ -43,6 +43,7 @@ def test_a_late_joiner_takes_over_the_state_and_ends_with_the_same_weights(swarm
     # Uncompressed averaging still rounds in another order on each peer, and AdamW magnifies it where gradients vanish.
     assert_equal_weights(swarm.folder / "early", swarm.folder / "late", tolerance=2e-3)
     assert_equal_weights(swarm.folder / "early", swarm.folder / "run" / "checkpoints" / "step-0000008", tolerance=2e-3)
+    assert history[-1]["model_spread"] < 1e-3
     assert "1 ALONE" not in auxiliary.output() and "NOT averaged" not in early.output() + late.output()
 
 
@@ -120,18 +121,6 @@ def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> Non
     history = read_history(swarm.folder / "run" / "metrics.jsonl")
     assert history[-1]["peers_met"] == 2 and history[-1]["loss"] < history[0]["loss"]
     assert "dropped" in faulty.output() and "dropped" not in healthy.output()
-
-
-def test_a_peer_that_has_another_model_takes_over_the_majoritys(swarm: Swarm) -> None:
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=8, average_state_every=100))
-    healthy = [swarm.start_trainer(name, address) for name in ("one", "two")]
-    stray = swarm.start_trainer("stray", address, program="tests/swarm/trainer_that_strays.py")
-    programs = (*healthy, stray, auxiliary)
-    assert [program.wait(120) for program in programs] == [0, 0, 0, 0], stray.output()
-    assert "taking over theirs" in stray.output()
-    assert not any("taking over theirs" in program.output() for program in healthy)
-    spread = {entry["step"]: entry["model_spread"] for entry in read_history(swarm.folder / "run" / "metrics.jsonl")}
-    assert spread[3] > 0.1 and spread[8] < 0.02
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
