@@ -169,7 +169,7 @@ class SwarmArguments:
         5,
         "Average the parameters every this many global steps; it removes the drift that lost rounds and codecs leave.",
     )
-    quorum: float = option(0.5, "A round that met a smaller share of the live peers than this counts as failed.")
+    quorum: float = option(0.5, "A round counts only if it met more than this share of the live peers, or all of them.")
     failed_round: Literal["local", "skip"] = option(
         "local", "What a peer does after a failed round: step with its own gradient, or let the step pass."
     )

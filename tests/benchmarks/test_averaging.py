@@ -20,8 +20,9 @@ from benchmarks.averaging import (
     weighted_mean,
 )
 from benchmarks.report import Report
+from collab.codecs import INT8_FROM_VALUES
 
-SIZE = 4000
+SIZE = 4 * INT8_FROM_VALUES
 """Bytes of one set of the tensors below."""
 
 
@@ -31,7 +32,7 @@ def round_report(step: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def peer(reports: list[dict[str, Any]], value: float = 1.0, role: str = "trainer", samples: int = 16) -> PeerRun:
-    tensors = {"weight": torch.full((1000,), value)}
+    tensors = {"weight": torch.full((SIZE // 4,), value)}
     log = {"reports": reports, "by_step": {str(r["step"] - 1): [[0, samples]] for r in reports}}
     return PeerRun(role, log, weights=tensors, own=tensors, averaged=tensors)
 
@@ -94,7 +95,7 @@ def test_rows_of_a_bad_swarm_say_what_is_wrong() -> None:
     missed = {row.name: row.value for row in report.rows if not row.ok}
     assert missed == {
         "2 trainers: rounds met by all": 0.5,
-        "2 trainers: bytes of a trainer off the formula": pytest.approx(0.1),
+        "2 trainers: bytes off the formula, trainer": pytest.approx(0.1),
         "2 trainers: parameters differ at the end by": pytest.approx(0.1),
     }
 
@@ -107,7 +108,7 @@ def test_a_swarm_that_never_met_is_still_a_table() -> None:
 
 def test_rows_of_a_codec() -> None:
     report = Report()
-    add_codec_rows(report, "float16", [peer([round_report(bytes_sent=2000)], samples=n) for n in (16, 48)])
+    add_codec_rows(report, "float16", [peer([round_report(bytes_sent=SIZE // 2)], samples=n) for n in (16, 48)])
     error, size = report.rows
     assert error.ok and error.bar == 1e-3
     assert size.value == 2.0
