@@ -107,7 +107,7 @@ class MaskedLM:
         return {
             "Model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters",
             "Objective": "masked language modelling with whole-word masks, and sentence order",
-            "Vocabulary": f"{config.vocab_size} entries",  # type: ignore[union-attr]
+            "Vocabulary": f"a vocabulary of {config.vocab_size:,} entries",  # type: ignore[union-attr]
             "Data": "; ".join(source.describe() for source in _sources(self.settings)),
         }
 
