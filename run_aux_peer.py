@@ -205,11 +205,12 @@ def live_line(monitor: Monitor, optimizer: SwarmOptimizer, last_step: int) -> st
     if progress.num_peers == 0:
         return "Waiting for the first trainer ..."
     share = progress.samples_accumulated / progress.target_batch_size
-    line = f"step {monitor.step + 1}/{last_step} {bar(share)} {min(share, 1):4.0%}  {progress.num_peers} peers"
+    line = f"step {monitor.step + 1}/{last_step} {bar(share)} {min(share, 1):4.0%}"
     recent = monitor.history[-20:]
     if recent:
         last = recent[-1]
         line += f"  loss {last.loss:.3f}  {last.samples_per_second:.0f} samples/s"
+        line += f"  peers {last.peers_met}/{last.peers_expected}"
     if len(recent) >= 2:
         pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
         line += f"  {duration(pace * (last_step - monitor.step))} left"

@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             start("run_trainer.py", *own, log=logs / f"{name}.log")
         try:
             status = auxiliary.wait()
-        except KeyboardInterrupt:  # every peer got it too; wait until they have said goodbye
-            status = 130
+        except KeyboardInterrupt:  # every peer got it too; they say goodbye while the stack is unwound
+            status = 0
     if status:
         raise UserError(f"The auxiliary peer ended with status {status}. The trainers' logs are in {logs}.")
 
