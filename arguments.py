@@ -159,8 +159,8 @@ class SwarmArguments:
     )
     grad_compression: Literal["none", "float16", "scaled_float16", "int8"] = option(
         "int8",
-        "Codec of gradients on the wire: int8 (1 byte a value, 0.9 % error), scaled_float16 (2 bytes), float16 (2 "
-        "bytes; flushes values under 6e-8), none (4 bytes).",
+        "Codec of gradients on the wire: int8 (1 byte a value, an error of 0.009), scaled_float16 (2 bytes), float16 "
+        "(2 bytes; flushes values under 6e-8), none (4 bytes).",
     )
     state_compression: Literal["none", "float16", "scaled_float16"] = option(
         "float16", "Codec of parameters when they are averaged (int8 is too coarse). Newcomers get the exact state."

@@ -99,13 +99,20 @@ def main() -> None:
 
         # ---- watch: one turn is one look at the swarm
         try:
-            while not stop and monitor.step < last_step:
+            complete_since: float | None = None
+            while not stop and saved_step < last_step:
                 stop.wait(POLL_SECONDS)
                 for summary in monitor.update(read_records(peer, run_id)):
                     trackers.log(summary.as_metrics(), summary.step)
                     console.line(step_line(summary, last_step, started))
                 console.live(live_line(monitor, optimizer, last_step))
-                if monitor.step - saved_step >= mine.save_every or monitor.step >= last_step:
+                if monitor.step >= last_step and complete_since is None:
+                    complete_since = time.monotonic()
+                    assistant.stop()
+                if complete_since and time.monotonic() - complete_since > 2 * settings["averaging_timeout"]:
+                    console.line("No trainer is left that could hand over the last state")
+                    break
+                if monitor.step - saved_step >= mine.save_every or complete_since:
                     with assistant.paused(timeout=settings["averaging_timeout"]) as free:
                         loaded = free and optimizer.load_state_from_peers()
                         if loaded and optimizer.local_epoch > saved_step:

@@ -158,7 +158,7 @@ def main() -> None:
             # ---- leave
             if step >= last_step:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
-                wait_until_saved(peer, run_id, step, timeout=settings["averaging_timeout"], stop=stop)
+                wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
                 state = {"run_id": run_id, "global_step": step, "samples": samples_total}
                 save_checkpoint(

@@ -66,5 +66,8 @@ class Assistant(threading.Thread):
                 self._lock.release()
 
     def stop(self) -> None:
-        """No further turns; returns at once."""
+        """No further turns, and no more waiting for a group; returns at once."""
         self._stopped.set()
+        pending = self._optimizer.scheduled_grads
+        if pending is not None and not pending.done():
+            pending.cancel()

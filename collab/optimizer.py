@@ -191,6 +191,17 @@ class SwarmOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
+    def _should_load_state_from_peers(self) -> bool:
+        """Whether the others have made a step without this peer.
+
+        Upstream lets a peer that is one step behind make that step from its own gradient (optim/optimizer.py:640): a
+        newcomer would step with its first micro-batch, and its optimizer state would differ from then on. Only with
+        delayed averaging is being one behind normal: there the others count a step when its averaging begins.
+        """
+        if not self.delay_grad_averaging and self.local_epoch < self.tracker.global_epoch:
+            return True
+        return bool(super()._should_load_state_from_peers())
+
     def _update_global_epoch(self, grad_scaler: Any) -> None:
         if self.auxiliary:  # it goes along to the next global step, but its weights do not
             self.state_averager.allow_state_sharing = False
@@ -219,7 +230,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         except Exception as error:  # noqa: BLE001 - a round may fail in any way; training outlives it
             reason = str(error) or type(error).__name__
         if reason:
-            logger.warning("Round %d was not averaged: %s", self._round_step, reason)
+            level = logging.DEBUG if self.auxiliary else logging.WARNING
+            logger.log(level, "Round %d was not averaged: %s", self._round_step, reason)
             self.guard.hold_next = self.failed_round == "skip"
             self._load_local_gradients_into_optimizer()
         else:
