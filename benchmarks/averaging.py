@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.regression_peer import SETTINGS, loss_of, make_model
+from benchmarks.regression_peer import SETTINGS, loss_of, make_model, plain_optimizer
 from benchmarks.report import Report, run_benchmark
 from collab.codecs import CODECS, INT8_FROM_VALUES
-from collab.optimizer import linear_schedule, weight_decay_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 Tensors = Mapping[str, torch.Tensor]
@@ -271,13 +269,7 @@ def run_plain_loop(seconds: float, turns_a_step: int) -> PlainRun:
     """The busy peer's training in plain PyTorch, in this process: accumulate, clip, AdamW, schedule."""
     torch.set_num_threads(1)
     model = make_model(BUSY_WIDTH)
-    optimizer = torch.optim.AdamW(
-        weight_decay_groups(model, SETTINGS["weight_decay"]),
-        lr=SETTINGS["learning_rate"],
-        betas=(SETTINGS["adam_beta1"], SETTINGS["adam_beta2"]),
-        eps=SETTINGS["adam_epsilon"],
-    )
-    schedule = LambdaLR(optimizer, linear_schedule(SETTINGS["warmup_steps"], SETTINGS["max_global_steps"], 0.0))
+    optimizer, schedule = plain_optimizer(model)
     turns, began, cpu_before = 0, time.monotonic(), time.process_time()
     while time.monotonic() < began + seconds:
         (loss_of(model, turns, BUSY_BATCH) / turns_a_step).backward()

@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import save_file, save_model
+from torch.optim.lr_scheduler import LambdaLR
 
 from collab.assistant import Assistant
-from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
+from collab.optimizer import SwarmOptimizer, linear_schedule, make_optimizer, weight_decay_groups
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
 
@@ -54,6 +55,18 @@ def make_model(width: int = 32) -> torch.nn.Module:
         torch.nn.Linear(16, width), torch.nn.LayerNorm(width), torch.nn.GELU(), torch.nn.Linear(width, width),
         torch.nn.GELU(), torch.nn.Linear(width, 4),
     )  # fmt: skip
+
+
+def plain_optimizer(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """What `SETTINGS` mean in plain PyTorch, for a single process to compare with."""
+    optimizer = torch.optim.AdamW(
+        weight_decay_groups(model, SETTINGS["weight_decay"]),
+        lr=SETTINGS["learning_rate"],
+        betas=(SETTINGS["adam_beta1"], SETTINGS["adam_beta2"]),
+        eps=SETTINGS["adam_epsilon"],
+    )
+    schedule = LambdaLR(optimizer, linear_schedule(SETTINGS["warmup_steps"], SETTINGS["max_global_steps"], 0.0))
+    return optimizer, schedule
 
 
 def samples(seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_model
-from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.regression_peer import SETTINGS, loss_of, make_model
-from collab.optimizer import linear_schedule, weight_decay_groups
+from benchmarks.regression_peer import SETTINGS, loss_of, make_model, plain_optimizer
 from tests.swarm.processes import Program, wait_until
 
 pytestmark = pytest.mark.swarm
@@ -50,13 +48,7 @@ def start_worker(folder: Path, number: int, sizes: str, *initial_peers: str) -> 
 def train_alone(by_step_of_peers: list[dict[str, list[tuple[int, int]]]]) -> torch.nn.Module:
     """The same global steps in plain PyTorch: the mean gradient over all samples, clipped, AdamW, the schedule."""
     model = make_model()
-    optimizer = torch.optim.AdamW(
-        weight_decay_groups(model, SETTINGS["weight_decay"]),
-        lr=SETTINGS["learning_rate"],
-        betas=(SETTINGS["adam_beta1"], SETTINGS["adam_beta2"]),
-        eps=SETTINGS["adam_epsilon"],
-    )
-    schedule = LambdaLR(optimizer, linear_schedule(SETTINGS["warmup_steps"], SETTINGS["max_global_steps"], 0.0))
+    optimizer, schedule = plain_optimizer(model)
     for step in range(STEPS):
         batches = [tuple(batch) for by_step in by_step_of_peers for batch in by_step.get(str(step), [])]
         total = sum(size for _, size in batches)
