@@ -149,7 +149,9 @@ class SwarmArguments:
         "longer than matchmaking_time, or the swarm ticks by time instead of by samples.",
     )
     matchmaking_time: float = option(
-        15.0, "Seconds in which peers look for a group. Raise it if rounds meet fewer peers than there are."
+        15.0,
+        "Seconds that a round waits for peers that are still busy. It begins at once when all are there. Has to be "
+        "longer than the slowest peer's micro-batch takes; raise it if rounds meet fewer peers than there are.",
     )
     averaging_timeout: float = option(
         60.0, "Seconds after which an averaging round is given up. Raise it for slow links or larger models."
@@ -170,8 +172,10 @@ class SwarmArguments:
         "Average the parameters every this many global steps; it removes the drift that lost rounds and codecs leave.",
     )
     quorum: float = option(0.5, "A round counts only if it met more than this share of the live peers, or all of them.")
-    failed_round: Literal["local", "skip"] = option(
-        "local", "What a peer does after a failed round: step with its own gradient, or let the step pass."
+    failed_round: Literal["retry", "local", "skip"] = option(
+        "retry",
+        "What a peer does after a failed round: try again until averaging_timeout, then step with its own gradient; do "
+        "that at once (local); or let the step pass (skip).",
     )
     delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
     delay_grad_averaging: bool = option(

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "state_compression": "none",
     "average_state_every": 1000,
     "quorum": 0.5,
-    "failed_round": "local",
+    "failed_round": "retry",
     "delay_optimizer_step": False,
     "delay_grad_averaging": False,
     "delay_state_averaging": False,
@@ -158,6 +158,8 @@ def main() -> None:
                 report = optimizer.last_round
                 assert report is not None and report.step == step + 1
                 reports.append(asdict(report))
+                if not report.applied:
+                    del by_step[step]  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
         cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
         log = {

@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AllReduceRunner, AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
-from hivemind.averaging.key_manager import GroupKeyManager
-from hivemind.averaging.matchmaking import PotentialLeaders
 from hivemind.averaging.partition import TensorPartReducer
 from hivemind.compression import deserialize_torch_tensor
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
-from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils import MPFuture
 from hivemind.utils.asyncio import aiter_with_timeout, as_aiter, azip
 from hivemind.utils.streaming import combine_from_streaming
 
+from collab.matchmaking import SwarmMatchmaking
+
 logger = logging.getLogger(__name__)
 
-LEADER_QUERY_SECONDS = 0.3
 SERVING_SECONDS = 2.0
 PROGRESS_SECONDS = 2.0
 MEGABYTE = 10**6
@@ -42,6 +42,8 @@ class RoundTally:
 
     peers: tuple[str, ...]
     """Peer ids of all that put in gradients, this one included."""
+    expected: int
+    """Peers that should have been in the group with their gradients, this one included."""
     assistants: int
     """Auxiliary peers in the group: they average, but put in nothing."""
     samples: float
@@ -106,6 +108,13 @@ class CountingAllReduce(AllReduceRunner):
         if not self._to_serve or not self.parts_for_local_averaging:
             self._all_served.set()
 
+    async def _communicate_with_peer(self, peer_id: PeerID) -> None:
+        try:
+            await super()._communicate_with_peer(peer_id)
+        except Exception as error:
+            logger.warning("Parts of the average were lost, peer %s: %s", str(peer_id)[-6:], error or repr(error))
+            raise
+
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
         async for message in super()._generate_input_for_peer(peer_index):
             self.bytes_sent += message.ByteSize()
@@ -133,8 +142,9 @@ class CountingAllReduce(AllReduceRunner):
             if not self._to_serve:
                 self._all_served.set()
 
-    async def tally(self, seconds: float) -> RoundTally:
+    async def tally(self, expected: int, began: float) -> RoundTally:
         """The verdict, once the last results are on their way to the others."""
+        seconds = time.monotonic() - began
         try:
             await asyncio.wait_for(self._all_served.wait(), SERVING_SECONDS)
         except TimeoutError:
@@ -145,6 +155,7 @@ class CountingAllReduce(AllReduceRunner):
             shares.append(sum(reducer.num_parts_received) / (reducer.num_parts * reducer.num_senders))
         return RoundTally(
             peers=tuple(str(peer) for peer in self.sender_peer_ids),
+            expected=expected,
             assistants=sum(mode == AveragingMode.AUX for mode in self.modes),
             samples=reducer.first_part_weight,
             parts=min(shares),
@@ -163,97 +174,37 @@ class _CountingStub:
         return self._runner._count_received(await self._stub.rpc_aggregate_part(inputs))
 
 
-class _PacedKeyManager:
-    """Asks the DHT for possible leaders no more often than every `LEADER_QUERY_SECONDS`."""
+class _MeetsTheSwarm(DecentralizedAverager):
+    """For averagers: makes groups by `SwarmMatchmaking`, and all-reduces that know who is an auxiliary peer.
 
-    def __init__(self, key_manager: GroupKeyManager) -> None:
-        self._key_manager = key_manager
-        self._last_query = -math.inf
+    Upstream computes the peers' modes and does not pass them on (averaging/averager.py:549), so auxiliary peers send
+    tensors of weight zero, and everybody's traffic grows.
 
-    @property
-    def current_key(self) -> Any:
-        return self._key_manager.current_key
-
-    async def get_averagers(self, *args: Any, **kwargs: Any) -> Any:
-        pause = self._last_query + LEADER_QUERY_SECONDS - time.monotonic()
-        if pause > 0:
-            await asyncio.sleep(pause)
-        self._last_query = time.monotonic()
-        return await self._key_manager.get_averagers(*args, **kwargs)
-
-
-class _PatientLeaders(PotentialLeaders):
-    """Upstream asks the DHT again and again without a pause while a peer looks for a group: two busy processes, up to
-    a whole core (averaging/matchmaking.py, `_update_queue_periodically`)."""
-
-    async def _update_queue_periodically(self, key_manager: GroupKeyManager) -> None:
-        await super()._update_queue_periodically(_PacedKeyManager(key_manager))
-
-
-class _PatientMatchmaking:
-    """For averagers: looks for a group at a measured pace."""
-
-    async def _step(self, **kwargs: Any) -> None:
-        matchmaking = self._matchmaking  # type: ignore[attr-defined]  # made in the averager's own process
-        if not isinstance(matchmaking.potential_leaders, _PatientLeaders):
-            stock = matchmaking.potential_leaders
-            matchmaking.potential_leaders = _PatientLeaders(
-                stock.peer_id, stock.min_matchmaking_time, stock.target_group_size
-            )
-        await super()._step(**kwargs)  # type: ignore[misc]
-
-
-class Averager(_PatientMatchmaking, GradientAverager):
-    """Averages gradients. Its rounds return a `RoundTally`.
-
-    - *Zero gradients.* The optimizer empties the accumulators as soon as a round begins, so a round that fails would go
-      on with gradients of zero (optim/optimizer.py:529 and 611). A copy taken before the round is put back instead; it
-      costs one more set of gradients in RAM.
-    - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
-      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
-      samples.
-    - *Auxiliary peers.* Upstream computes the peers' modes and does not pass them on (averaging/averager.py:549), so
-      auxiliary peers send tensors of weight zero, and everybody's traffic grows.
-    - *Weights.* See `Reducer`.
-
-    :param max_weight: what one peer may count for at most in a round, in samples.
+    :param progress_key: DHT key of the peers' progress records.
+    :param lag: see `draw_up_roster`.
+    :param max_weight: what one peer may count for at most in a round.
     """
 
-    _before_round: list[torch.Tensor] | None = None
-
-    def __init__(self, *args: Any, max_weight: float = math.inf, **kwargs: Any) -> None:
-        self.max_weight = max_weight
+    def __init__(self, *args: Any, progress_key: str, lag: int, max_weight: float = math.inf, **kwargs: Any) -> None:
+        self._matchmaking: Any  # exists in the averager's own process
+        self._progress_key, self._lag, self.max_weight = progress_key, lag, max_weight
         self._tally: RoundTally | None = None
         super().__init__(*args, **kwargs)
 
-    def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
-        """Begin to look for a group. An auxiliary peer plans to start later than the others: the peer with the earliest
-        plan leads, and an auxiliary leader could begin with a single trainer while the others are on their way."""
-        if self.mode == AveragingMode.AUX and scheduled_time is None:
-            scheduled_time = get_dht_time() + 2 * self.matchmaking_kwargs["min_matchmaking_time"]
-        return super().schedule_step(scheduled_time, **kwargs)
-
-    @torch.no_grad()
-    def load_accumulators_into_averager_(self) -> None:
-        """Put this peer's mean gradient where the average will be."""
-        if self.local_samples_accumulated > 0:
-            # Accumulated is the sum of (micro-batch size / anchor) * gradient.
-            scale = self._anchor_batch_size / self.local_samples_accumulated
-            own = [(accumulator * scale).to("cpu") for accumulator in self._grad_accumulators()]
-            self._before_round = own
-        elif self._before_round is not None:
-            own = self._before_round
-        else:
-            return super().load_accumulators_into_averager_()
-        with self.get_tensors() as tensors:
-            for tensor, gradient in zip(tensors, own, strict=True):
-                tensor.copy_(gradient)
-
-    async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
-        self._tally = None
-        await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
-        assert self._tally is not None
-        return self._tally
+    async def _step(self, **kwargs: Any) -> None:
+        if not isinstance(self._matchmaking, SwarmMatchmaking):
+            self._matchmaking = SwarmMatchmaking(
+                self._p2p,
+                self.schema_hash,
+                self.dht,
+                client_mode=self.client_mode,
+                auxiliary=self.mode == AveragingMode.AUX,
+                progress_key=self._progress_key,
+                patience=self.matchmaking_kwargs["min_matchmaking_time"],
+                lag=self._lag,
+                **self.matchmaking_kwargs,
+            )
+        await super()._step(**kwargs)
 
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: GroupInfo, group_id: bytes | None = None, **kwargs: Any
@@ -279,10 +230,64 @@ class Averager(_PatientMatchmaking, GradientAverager):
         else:
             async for tensor, update in azip(as_aiter(*tensors), runner):
                 tensor.add_(update, alpha=self._averaging_alpha)
-        self._tally = await runner.tally(seconds=time.monotonic() - began)
+        trainers = self._matchmaking.roster.trainers
+        self._tally = await runner.tally(expected=len(trainers) + (self.mode != AveragingMode.AUX), began=began)
 
 
-class StateAverager(_PatientMatchmaking, TrainingStateAverager):
+class Averager(_MeetsTheSwarm, GradientAverager):
+    """Averages gradients. Its rounds return a `RoundTally`.
+
+    - *Zero gradients.* The optimizer empties the accumulators as soon as a round begins, so a round that fails would go
+      on with gradients of zero (optim/optimizer.py:529 and 611). A copy taken before the round is put back instead; it
+      costs one more set of gradients in RAM.
+    - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
+      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
+      samples.
+    - *Retries.* Upstream repeats a failed all-reduce with tensors that are half averaged already
+      (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from the copy.
+    """
+
+    _before_round: list[torch.Tensor] | None = None
+    round_number = 0
+    """The global step that the next round is for."""
+
+    def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
+        """Begin to look for the group that makes global step `round_number`."""
+        return super().schedule_step(scheduled_time, gather=self.round_number, allow_retries=False, **kwargs)
+
+    def retry(self, weight: float, timeout: float) -> StepControl:
+        """Begin the round anew with what this peer put into it before. The accumulators may hold later gradients."""
+        control = self.schedule_step(timeout=timeout)
+        self.restore_own_gradient()
+        control.weight = weight
+        control.allow_allreduce()
+        return control
+
+    @torch.no_grad()
+    def restore_own_gradient(self) -> None:
+        """Put what this peer gave to the round back where the average was to be."""
+        assert self._before_round is not None, "there was no round yet"
+        with self.get_tensors() as tensors:
+            for tensor, gradient in zip(tensors, self._before_round, strict=True):
+                tensor.copy_(gradient)
+
+    @torch.no_grad()
+    def load_accumulators_into_averager_(self) -> None:
+        """Put this peer's mean gradient where the average will be; without samples it is zero."""
+        # Accumulated is the sum of (micro-batch size / anchor) * gradient.
+        samples = self.local_samples_accumulated
+        scale = self._anchor_batch_size / samples if samples else 0.0
+        self._before_round = [(accumulator * scale).to("cpu") for accumulator in self._grad_accumulators()]
+        self.restore_own_gradient()
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
+        self._tally = None
+        await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
+        assert self._tally is not None
+        return self._tally
+
+
+class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     """Averages parameters, and downloads the state of other peers with a sign of life."""
 
     def load_state_from_peers(self, **kwargs: Any) -> bool:

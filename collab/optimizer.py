@@ -12,13 +12,15 @@ from typing import Any
 
 import hivemind
 import torch
-from hivemind.averaging.control import StepControl
-from hivemind.optim.progress_tracker import ProgressTracker
+from hivemind.averaging.control import AveragingStage, StepControl
+from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress, ProgressTracker
+from hivemind.utils import get_dht_time
 from torch.optim.lr_scheduler import LambdaLR
 
 from collab.averager import Averager, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.lamb import Lamb
+from collab.matchmaking import LeftBehind
 from collab.metrics import MAX_REASON
 from collab.peer import Peer
 
@@ -66,6 +68,10 @@ class RoundReport:
         same = ("applied", "parts", "bytes_sent", "bytes_received", "matchmaking_seconds", "allreduce_seconds")
         renamed = {"peers_met": self.met, "peers_expected": self.expected, "reason": self.reason[:MAX_REASON]}
         return {name: getattr(self, name) for name in same} | renamed
+
+
+class RoundFailed(Exception):
+    """A round ended, and does not count."""
 
 
 class StepGuard:
@@ -128,6 +134,7 @@ class Tracker(ProgressTracker):
     """
 
     def __init__(self, *args: Any, start: bool, **kwargs: Any) -> None:
+        self._presence = (-1, -math.inf)
         super().__init__(*args, start=False, **kwargs)
         self.should_report_progress: _PacedEvent = _PacedEvent()
         if start:
@@ -139,6 +146,35 @@ class Tracker(ProgressTracker):
             local_epoch != known.epoch or samples_accumulated < known.samples_accumulated
         )
         super().report_local_progress(local_epoch, samples_accumulated, **kwargs)
+
+    def report_presence(self, step: int) -> None:
+        """For auxiliary peers: tell the others that this one will take part in the round after global step `step`.
+
+        Upstream does not announce auxiliary peers. A speed of exactly zero marks them. Call it as often as you like.
+        """
+        now = get_dht_time()
+        if (step, now) < (self._presence[0], self._presence[1] + self.metadata_expiration / 3):
+            return
+        self._presence = step, now
+        self.dht.store(
+            self.training_progress_key,
+            subkey=self._local_public_key,
+            value=LocalTrainingProgress(
+                peer_id=self.dht.peer_id.to_bytes(), epoch=step, samples_accumulated=0, samples_per_second=0.0,
+                time=now, client_mode=False,
+            ).dict(),
+            expiration_time=now + self.metadata_expiration,
+            return_future=True,
+        )  # fmt: skip
+
+    def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
+        if isinstance(metadata, dict):  # those who train; not who only helps
+            metadata = {
+                key: entry
+                for key, entry in metadata.items()
+                if entry.value is not None and entry.value["samples_per_second"] > 0
+            }
+        return super()._parse_swarm_progress_data(metadata)
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.should_report_progress.urgent = True
@@ -158,7 +194,8 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def __init__(self, *, guard: StepGuard, quorum: float, failed_round: str, **kwargs: Any) -> None:
         self.guard, self.quorum, self.failed_round = guard, quorum, failed_round
-        self._round_began, self._round_step, self._expected = 0.0, 0, 1
+        self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
+        self._must_reload = False
         self.scheduled_grads: StepControl | None = None
         super().__init__(**kwargs)
 
@@ -198,7 +235,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         newcomer would step with its first micro-batch, and its optimizer state would differ from then on. Only with
         delayed averaging is being one behind normal: there the others count a step when its averaging begins.
         """
-        if not self.delay_grad_averaging and self.local_epoch < self.tracker.global_epoch:
+        if self._must_reload or (not self.delay_grad_averaging and self.local_epoch < self.tracker.global_epoch):
             return True
         return bool(super()._should_load_state_from_peers())
 
@@ -207,9 +244,21 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.state_averager.allow_state_sharing = False
         super()._update_global_epoch(grad_scaler)
 
+    def _maybe_schedule_gradient_averaging(self) -> None:
+        self.grad_averager.round_number = self.local_epoch + 1
+        if self.auxiliary:
+            self.tracker.report_presence(self.local_epoch)
+        if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
+            super()._maybe_schedule_gradient_averaging()
+
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
         self._expected = max(1, self.tracker.global_progress.num_peers)
+        self._round_samples = self.grad_averager.local_samples_accumulated
+        scheduled = self.scheduled_grads
+        if scheduled is not None and (scheduled.triggered or scheduled.done()):
+            # The early search failed. Upstream takes that for the round itself (optim/optimizer.py:529).
+            self.scheduled_grads = None
         began = super()._begin_averaging_gradients(grad_scaler)
         if not began:
             # Upstream loads the accumulated gradient only if matchmaking was still going on; otherwise the step would
@@ -219,24 +268,63 @@ class SwarmOptimizer(hivemind.Optimizer):
         return bool(began)
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
-        tally, reason = None, ""
-        try:
-            assert maybe_step_control is not None
-            tally = maybe_step_control.result(self.averaging_timeout)
-            # More than the quorum, or both halves of a split swarm would go on, each with a model of its own.
-            enough = len(tally.peers) > self.quorum * self._expected or len(tally.peers) >= self._expected
-            if not enough and not self.auxiliary:
-                reason = f"met {len(tally.peers)} of {self._expected} peers, less than the quorum"
-        except Exception as error:  # noqa: BLE001 - a round may fail in any way; training outlives it
-            reason = str(error) or type(error).__name__
+        assert maybe_step_control is not None
+        control, give_up = maybe_step_control, time.monotonic() + self.averaging_timeout
+        tally, failure = self._finish(control)
+        # Once given up, the missing peers are not waited for so long again until somebody was met.
+        gave_up_before = self.last_round is not None and bool(self.last_round.reason)
+        while failure is not None and self.failed_round == "retry" and not self.auxiliary and not gave_up_before:
+            self._look_who_is_there()
+            left = give_up - time.monotonic()
+            if isinstance(failure, LeftBehind) or self._expected == 1 or left < 2 * self.matchmaking_time:
+                break
+            logger.info("Round %d: %s; trying again", self._round_step, failure)
+            control = self.grad_averager.retry(weight=self._round_samples, timeout=left)
+            tally, failure = self._finish(control)
+        if failure is None:
+            self._load_averaged_gradients_into_optimizer_()
+            self._report(tally, "")
+            return
+        self.grad_averager.restore_own_gradient()
+        self._load_averaged_gradients_into_optimizer_()
+        if isinstance(failure, LeftBehind):
+            self.go_and_reload(f"round {self._round_step} was made without this peer")
+            self.guard.hold_next = True
+        elif self.failed_round == "skip":
+            self.guard.hold_next = True
+        reason = "" if self._expected == 1 else str(failure) or type(failure).__name__
         if reason:
             level = logging.DEBUG if self.auxiliary else logging.WARNING
             logger.log(level, "Round %d was not averaged: %s", self._round_step, reason)
-            self.guard.hold_next = self.failed_round == "skip"
-            self._load_local_gradients_into_optimizer()
-        else:
-            self._load_averaged_gradients_into_optimizer_()
         self._report(tally, reason)
+
+    def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
+        """Wait for a round to end; gives what it was, and why it does not count if it does not."""
+        try:
+            tally: RoundTally = control.result(self.averaging_timeout)
+        except Exception as error:  # noqa: BLE001 - a round may fail in any way; training outlives it
+            if not control.done():
+                control.cancel()
+            return None, error
+        self._expected = max(self._expected, tally.expected)
+        # More than the quorum, or both halves of a split swarm would go on, each with a model of its own.
+        enough = len(tally.peers) > self.quorum * self._expected or len(tally.peers) >= self._expected
+        if enough or self.auxiliary:
+            return tally, None
+        return tally, RoundFailed(f"met {len(tally.peers)} of {self._expected} peers, less than the quorum")
+
+    def _look_who_is_there(self) -> None:
+        """Ask at once how many peers live; the tracker does not while a round goes on."""
+        answer = self.dht.get(self.tracker.training_progress_key, latest=True)
+        progress = self.tracker._parse_swarm_progress_data(answer.value if answer is not None else None)
+        self._expected = max(1, progress.num_peers)
+
+    def go_and_reload(self, why: str) -> None:
+        """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before."""
+        logger.warning("Taking over the state of the others: %s", why)
+        self._must_reload = True
+        if not self.client_mode:
+            self.state_averager.allow_state_sharing = False
 
     def _report(self, tally: RoundTally | None, reason: str) -> None:
         seconds = time.monotonic() - self._round_began
@@ -267,10 +355,7 @@ class SwarmOptimizer(hivemind.Optimizer):
 
         :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it.
         """
-        if self.scheduled_grads is not None and not self.scheduled_grads.done():
-            # The others may count on this peer already: cancelling would send all of them back to matchmaking.
-            self._tag_along_with_zero_weight(self.scheduled_grads)
-            self.scheduled_grads = None
+        self._abandon_scheduled_round()
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
             loaded = False
@@ -288,10 +373,21 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
             self.grad_averager.reset_accumulated_grads_()
             if not self.client_mode:
+                self.state_averager.allow_state_sharing = not self.auxiliary
                 self.state_averager.state_sharing_priority = self.local_epoch
+        self._must_reload = False
         self.states_loaded += loaded
         self.share_state_memory()
         return bool(loaded)
+
+    def _abandon_scheduled_round(self) -> None:
+        scheduled, self.scheduled_grads = self.scheduled_grads, None
+        if scheduled is None or scheduled.done():
+            return
+        if scheduled.stage == AveragingStage.LOOKING_FOR_GROUP:
+            scheduled.cancel()
+        else:  # the group is complete and counts on this peer
+            self._tag_along_with_zero_weight(scheduled)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the optimizer's state and the global step from a checkpoint."""
@@ -302,6 +398,7 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def skip_to(self, step: int) -> None:
         """Follow the swarm to a later global step without its state; for auxiliary peers, which put in nothing."""
+        self._abandon_scheduled_round()
         with self.tracker.pause_updates():
             self.state_averager.local_epoch = step
             self.tracker.update_epoch(step)
@@ -393,7 +490,11 @@ def make_optimizer(
         settings["max_global_steps"],
         floor=settings["min_learning_rate"] / settings["learning_rate"],
     )
-    averager_options = dict(bandwidth=bandwidth, request_timeout=_request_timeout(settings["matchmaking_time"]))
+    averager_options: dict[str, Any] = dict(
+        bandwidth=bandwidth,
+        request_timeout=_request_timeout(settings["matchmaking_time"]),
+        progress_key=f"{swarm_id}_progress",
+    )
     swarm_optimizer = SwarmOptimizer(
         guard=guard,
         quorum=settings["quorum"],
@@ -416,10 +517,20 @@ def make_optimizer(
         # averager_opts reach only the averager of parameters (optim/optimizer.py:263), so gradients get theirs here.
         # Nobody has to download other peers' gradients: upstream offers them to newcomers beside the state.
         grad_averager_factory=partial(
-            Averager, allow_state_sharing=False, max_weight=settings["target_batch_size"], **averager_options
+            Averager,
+            allow_state_sharing=False,
+            max_weight=settings["target_batch_size"],
+            lag=int(settings["delay_grad_averaging"]),
+            **averager_options,
         ),
-        averager_opts=averager_options,
-        tracker_opts=dict(metadata_expiration=settings["metadata_expiration"], private_key=peer.private_key),
+        averager_opts=dict(averager_options, lag=1),
+        tracker_opts=dict(
+            metadata_expiration=settings["metadata_expiration"],
+            private_key=peer.private_key,
+            # Late news of the end of a step have to come before the others have lost their patience.
+            max_refresh_period=max(PROGRESS_SECONDS, settings["matchmaking_time"] / 2),
+            default_refresh_period=max(PROGRESS_SECONDS, min(3.0, settings["matchmaking_time"] / 2)),
+        ),
         client_mode=peer.client_mode,
         auxiliary=auxiliary,
     )

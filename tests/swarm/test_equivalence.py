@@ -14,25 +14,36 @@ pytestmark = pytest.mark.swarm
 STEPS = 5
 
 
-@pytest.mark.parametrize("sizes", [["16", "16"], ["16,4,29", "8,24"]], ids=["even", "uneven micro-batches"])
-def test_two_peers_end_at_the_weights_of_one_process(tmp_path: Path, sizes: list[str]) -> None:
+SIZES = [
+    pytest.param(["16", "16"], id="two peers"),
+    pytest.param(["16,4,29", "8,24"], id="two peers, uneven micro-batches"),
+    pytest.param(["16,4,29", "8,24", "12"], id="three peers, uneven micro-batches"),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_peers_end_at_the_weights_of_one_process(tmp_path: Path, sizes: list[str]) -> None:
+    """Each peer accumulates the gradients of dozens of micro-batches for a global step."""
+    numbers = range(len(sizes))
     programs = [start_worker(tmp_path, 0, sizes[0])]
     try:
         wait_until((tmp_path / "address-0").exists, 30, programs[0].output)
-        programs.append(start_worker(tmp_path, 1, sizes[1], (tmp_path / "address-0").read_text()))
-        wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 60, programs[1].output)
+        address = (tmp_path / "address-0").read_text()
+        programs += [start_worker(tmp_path, number, sizes[number], address) for number in numbers[1:]]
+        wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == len(sizes), 90, programs[-1].output)
         (tmp_path / "go").touch()
-        assert [program.wait(120) for program in programs] == [0, 0], [program.output() for program in programs]
+        assert [program.wait(120) for program in programs] == [0] * len(sizes), [p.output() for p in programs]
     finally:
         for program in programs:
             program.end()
-    logs = [json.loads((tmp_path / f"log-{number}.json").read_text()) for number in (0, 1)]
+    logs = [json.loads((tmp_path / f"log-{number}.json").read_text()) for number in numbers]
     # Without this, peers that had trained apart could pass by the likeness of their samples.
     for log in logs:
-        assert sum(report["applied"] and report["met"] == 2 for report in log["reports"]) >= STEPS - 1, logs
+        assert sum(report["applied"] and report["met"] == len(sizes) for report in log["reports"]) >= STEPS - 1, logs
+        assert all(len(batches) >= 3 for batches in log["by_step"].values()), "nothing was accumulated"
 
     reference = train_alone([log["by_step"] for log in logs])
-    for number in (0, 1):
+    for number in numbers:
         model = make_model()
         load_model(model, tmp_path / f"weights-{number}.safetensors")
         for name, value in model.state_dict().items():

@@ -1,0 +1,238 @@
+"""Who averages with whom: everybody who makes the same global step, in one group, as soon as all of them are there."""
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from hivemind.averaging.control import StepControl
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.matchmaking import Matchmaking, MatchmakingException
+from hivemind.optim.progress_tracker import LocalTrainingProgress
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer, get_dht_time
+from hivemind.utils.asyncio import cancel_and_wait
+
+POLL_SECONDS = 0.05
+ASK_AGAIN_SECONDS = 0.15
+LOOK_SECONDS = 0.5
+LONELY_SECONDS = 1.0
+AUXILIARY_GRACE = 0.5
+FAR = 86400.0
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The peers that belong in one round, this one included."""
+
+    trainers: frozenset[PeerID]
+    auxiliaries: frozenset[PeerID]
+    candidates: tuple[PeerID, ...]
+    """Who may lead the group, the first choice first. It is the same on all peers that see the same swarm."""
+    ahead: int
+    """The global step of the others if most of them have left this round behind; else 0."""
+
+
+def draw_up_roster(
+    records: list[LocalTrainingProgress], me: PeerID, round_number: int, lag: int, absent: dict[PeerID, int]
+) -> Roster:
+    """Tell from the peers' progress who belongs in the round that makes global step `round_number`.
+
+    :param records: what peers report, one record each; auxiliary peers report a speed of exactly zero.
+    :param lag: how many steps further a peer may be in its record while it still averages for this one.
+    :param absent: peers that did not come to a round, and its number: nobody waits for them in later rounds until
+      their record shows that they have got further.
+    """
+    done = round_number - 1
+    others = {PeerID(record.peer_id): record for record in records}
+    others.pop(me, None)
+    here = {
+        peer: record
+        for peer, record in others.items()
+        if done - 1 <= record.epoch <= done + lag
+        and (record.epoch >= absent.get(peer, 0) or absent[peer] == round_number)
+    }
+    further = [record.epoch for record in others.values() if record.epoch > done + lag and record.samples_per_second]
+    trainers = [record for record in others.values() if record.samples_per_second]
+    auxiliaries = frozenset(peer for peer, record in here.items() if not record.samples_per_second)
+    leaders = [peer for peer, record in here.items() if not record.client_mode]
+    leaders.sort(key=lambda peer: (peer in auxiliaries, _rank(peer)))
+    return Roster(
+        trainers=frozenset(here) - auxiliaries,
+        auxiliaries=auxiliaries,
+        candidates=tuple(leaders),
+        ahead=max(further) if further and 2 * len(further) >= len(trainers) else 0,
+    )
+
+
+def _rank(peer: PeerID) -> bytes:
+    return hashlib.sha256(peer.to_bytes()).digest()
+
+
+class LeftBehind(MatchmakingException):
+    """Most of the others have made this global step already."""
+
+
+class SwarmMatchmaking(Matchmaking):
+    """Forms one group for every global step. Runs in the averager's process; the messages are hivemind's.
+
+    Upstream's peers declare in the DHT until when they look for a group, and whoever declared the earliest time leads
+    what has gathered by then (averaging/matchmaking.py). Peers do not agree on when a global step ends, so with three
+    or more of them groups split: 4 trainers met in 83 % of the rounds, and each part went on with its own gradients.
+    Looking also costs up to a core (`PotentialLeaders._update_queue_periodically` asks the DHT without a pause).
+
+    Here the group's key has the number of the global step in it, so rounds never mix. Who belongs in the round is known
+    from the peers' progress records; from these all peers derive the same leader, and ask nobody else. The leader
+    begins when its own step is complete and everybody is there; after `patience` seconds, with those who are.
+
+    :param progress_key: DHT key under which peers report their progress.
+    :param patience: seconds that the others are waited for once a peer has all its samples; more than the slowest
+      peer's micro-batch takes.
+    :param lag: see `draw_up_roster`.
+    """
+
+    def __init__(self, *args: Any, progress_key: str, patience: float, lag: int, auxiliary: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.progress_key, self.patience, self.lag, self.auxiliary = progress_key, patience, lag, auxiliary
+        self.roster = Roster(frozenset(), frozenset(), (), 0)
+        self._absent: dict[PeerID, int] = {}
+        self._passed_over: set[PeerID] = set()
+        self._triggered_at = self._role_since = 0.0
+
+    async def look_for_group(self, step: StepControl) -> GroupInfo | None:
+        """:raises MatchmakingException: nobody came.
+        :raises LeftBehind: the others have gone on.
+        """
+        group: GroupInfo | None = await super().look_for_group(step)
+        if group is not None:
+            for peer in (self.roster.trainers | self.roster.auxiliaries) - set(group.peer_ids):
+                self._absent[peer] = _round_number(step)
+        return group
+
+    def get_request_expiration_time(self) -> float:
+        """Followers stay as long as they like; upstream has them leave at the time that they declared."""
+        return float(get_dht_time()) + FAR
+
+    async def _request_join_potential_leaders(self, step: StepControl) -> None:
+        try:
+            await self._meet(step)
+        except Exception as error:
+            if not self.assembled_group.done():
+                self.assembled_group.set_exception(error)
+            raise
+        finally:
+            self._stop_leading()
+
+    async def _meet(self, step: StepControl) -> None:
+        number = _round_number(step)
+        self.group_key_manager.group_bits = f"{number:b}"
+        self._passed_over, self._triggered_at = set(), 0.0
+        leader: PeerID | None = None
+        async with self._watching(number):
+            while not self.assembled_group.done():
+                if self.roster.ahead:
+                    raise LeftBehind(f"the others are at global step {self.roster.ahead} already")
+                candidates = [peer for peer in self.roster.candidates if peer not in self._passed_over]
+                leads = not self.client_mode and not any(self._precedes(peer) for peer in candidates)
+                turn_to = self.peer_id if leads else candidates[0] if candidates else None
+                if turn_to != leader or not self._triggered_at:
+                    leader, self._role_since = turn_to, time.monotonic()
+                if step.triggered and not self._triggered_at:
+                    self._triggered_at = time.monotonic()
+                if leads:
+                    await self._lead(step)
+                elif leader is not None:
+                    await self._follow(leader)
+                elif self._waited(self.patience):
+                    raise MatchmakingException("there is nobody who could lead the round")
+                else:
+                    await asyncio.sleep(POLL_SECONDS)
+
+    def _precedes(self, other: PeerID) -> bool:
+        is_auxiliary = other in self.roster.auxiliaries
+        return (is_auxiliary, _rank(other)) < (self.auxiliary, _rank(self.peer_id))
+
+    def _waited(self, seconds: float) -> bool:
+        """Whether it has been this long since this peer was ready and turned to the leader that it has now."""
+        return bool(self._triggered_at) and time.monotonic() - max(self._triggered_at, self._role_since) > seconds
+
+    async def _lead(self, step: StepControl) -> None:
+        leaders = self.potential_leaders
+        leaders.declared_group_key = self.group_key_manager.current_key
+        leaders.declared_expiration_time = step.deadline
+        async with self.lock_request_join_group:
+            group = {self.peer_id, *self.current_followers}
+            if step.triggered and len(group) > 1 and (self._is_complete(group) or self._waited(self.patience)):
+                if not self.assembled_group.done():
+                    await self.leader_assemble_group()
+                return
+        if len(group) == 1 and self._waited(self.patience):
+            raise MatchmakingException(f"nobody came within {self.patience:.0f} s")
+        if len(group) == 1 and step.triggered and not self.roster.trainers:
+            raise MatchmakingException("nobody else is there")
+        if len(group) == 1 and self._waited(LONELY_SECONDS):
+            # Others may be unable to reach this peer, or not know it yet, and follow the next in line.
+            for other in self.roster.candidates[:2]:
+                if await self._request_join_group(other) is not None:
+                    return
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
+
+    def _is_complete(self, group: set[PeerID]) -> bool:
+        return self.roster.trainers <= group and (self.roster.auxiliaries <= group or self._waited(AUXILIARY_GRACE))
+
+    async def _follow(self, leader: PeerID) -> None:
+        """Ask to join; if it is not to be, look whether this leader is worth asking again."""
+        self._stop_leading()
+        attempt = asyncio.create_task(self._request_join_group(leader))
+        try:
+            while not attempt.done():
+                await asyncio.wait({attempt}, timeout=POLL_SECONDS)
+                if self.step_control.triggered and not self._triggered_at:
+                    self._triggered_at = time.monotonic()
+                if self._waited(2 * self.patience):  # it has hung up, or its micro-batches take too long
+                    self._passed_over.add(leader)
+                    return
+            if await attempt is not None:
+                return
+        finally:
+            await cancel_and_wait(attempt)
+        is_connected = any(info.peer_id == leader for info in await self._p2p.list_peers())
+        if not is_connected or self._waited(self.patience):
+            self._passed_over.add(leader)
+        else:
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    def _stop_leading(self) -> None:
+        self.potential_leaders.declared_group_key = None
+        self.potential_leaders.declared_expiration_time = float("inf")
+
+    @contextlib.asynccontextmanager
+    async def _watching(self, round_number: int) -> AsyncIterator[None]:
+        """Keep the roster up to date."""
+
+        async def look() -> None:
+            answer = await self.group_key_manager.dht.get(self.progress_key, latest=True, return_future=True)
+            entries = answer.value.values() if answer is not None and isinstance(answer.value, dict) else ()
+            records = [LocalTrainingProgress.parse_obj(entry.value) for entry in entries if entry.value is not None]
+            self.roster = draw_up_roster(records, self.peer_id, round_number, self.lag, self._absent)
+
+        async def keep_looking() -> None:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                await look()
+
+        await look()
+        watch = asyncio.create_task(keep_looking())
+        try:
+            yield
+        finally:
+            await cancel_and_wait(watch)
+
+
+def _round_number(step: StepControl) -> int:
+    _bandwidth, _mode, gathered = MSGPackSerializer.loads(step.data_for_gather)
+    return int(MSGPackSerializer.loads(gathered))
