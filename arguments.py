@@ -358,12 +358,14 @@ def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_contradictions(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """A peer that joins a run takes its settings from the swarm; refuse its own different ideas by name."""
-    for key in settings:
-        if key in given and given[key] != settings[key]:
-            raise UserError(
-                f"You gave {key} = {given[key]!r}, but this run uses {settings[key]!r}. Everybody in a run has to "
-                f"agree on it: leave --{key} out, or start a run of your own without --initial_peers."
-            )
+    differing = [key for key in settings if key in given and given[key] != settings[key]]
+    if differing:
+        what = "; ".join(f"{key} = {given[key]!r}, but this run uses {settings[key]!r}" for key in differing)
+        flags = ", ".join(f"--{key}" for key in differing)
+        raise UserError(
+            f"You gave {what}. Everybody in a run has to agree: leave out {flags} (or the line in the --config), or "
+            f"start a run of your own without --initial_peers."
+        )
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -18,6 +18,7 @@ from collab.assistant import Assistant
 from collab.checkpoint import load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
 from collab.files import write_text
+from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
 from collab.metrics import announce_saved, metrics_validators, read_records
 from collab.modelcard import model_card
@@ -61,13 +62,14 @@ def main() -> None:
             manifest = fetch_manifest(peer)
             refuse_contradictions(given, manifest.settings)
             manifest.refuse_other_versions()
+            find_task(manifest.settings["task"]).refuse_other_files(given, manifest.unpack(cache_dir))
             settings = manifest.settings
             run_folder = Path(mine.run_folder or f"runs/{settings['run_id']}")
         folder = manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
-        self_test([settings["grad_compression"], settings["state_compression"]])
+        self_test([settings["grad_compression"], settings["state_compression"]], peer)
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
         task = find_task(settings["task"])(settings, folder, cache_dir)
@@ -84,7 +86,6 @@ def main() -> None:
         stop.listen()
         if resumed:
             optimizer.load_state_dict(resumed.optimizer_state)
-            optimizer.offer_state()
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
         )
@@ -96,6 +97,7 @@ def main() -> None:
         join_command = peer.join_command()
         console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_command}\n")
         write_text(run_folder / "join.txt", join_command + "\n")
+        lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
 
         # ---- watch: one turn is one look at the swarm
         try:
@@ -138,6 +140,7 @@ def main() -> None:
             write_text(summary_file, json.dumps(sum_up(monitor, started, checkpoint, join_command), indent=2) + "\n")
             trackers.close()
             assistant.stop()
+            lookout.stop()
             optimizer.leave()
         places = {
             "checkpoint": checkpoint,

@@ -26,12 +26,14 @@ from collab.console import Console, show_log
 from collab.device import pick_device, pick_precision
 from collab.errors import UserError
 from collab.files import make_folder
+from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
 from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
 from collab.selftest import self_test
+from collab.watch import ModelWatch
 from tasks import find_task
 
 
@@ -56,6 +58,7 @@ def main() -> None:
             manifest = fetch_manifest(peer)
             refuse_contradictions(given, manifest.settings)
             manifest.refuse_other_versions()
+            find_task(manifest.settings["task"]).refuse_other_files(given, manifest.unpack(cache_dir))
         elif "run_id" not in given:
             raise UserError(
                 "There is no run to join: give --initial_peers ADDRESS, as the run's auxiliary peer prints it. "
@@ -68,11 +71,15 @@ def main() -> None:
         manifest.serve(peer, folder)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
-        self_test([settings["grad_compression"], settings["state_compression"]])
+        self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]
         console.line(f"{name} joins the run {run_id} on {device} ({str(precision).removeprefix('torch.')})")
         if not network.initial_peers:
-            console.line(f"Others join with:\n  {peer.join_command()}")
+            console.line(
+                f"This is a NEW run, and {name} is alone in it so far. If you meant to join one that goes on already: "
+                f"Ctrl-C, and start again with its address (--initial_peers).\n"
+                f"Others join with:\n  {peer.join_command()}"
+            )
 
         # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
         task = find_task(settings["task"])(settings, folder, cache_dir)
@@ -89,6 +96,7 @@ def main() -> None:
         # Losses are scaled for float16 only; gradients are unscaled before hivemind adds them up.
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
@@ -96,6 +104,7 @@ def main() -> None:
                 optimizer.load_state_from_peers()
                 console.line(f"Starting from global step {optimizer.local_epoch}")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
+            watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
             # With the step in its place, a peer that comes back does not see its first samples again.
             batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
@@ -119,7 +128,7 @@ def main() -> None:
                     scaler.update()
 
                 progress = optimizer.tracker.global_progress
-                if optimizer.local_epoch == step:
+                if optimizer.local_epoch == step and optimizer.states_loaded == states_loaded:
                     share = min(1.0, progress.samples_accumulated / settings["target_batch_size"])
                     console.live(
                         f"step {step + 1}: {share:4.0%}, {progress.num_peers} peers, {samples} samples of mine"
@@ -129,8 +138,9 @@ def main() -> None:
                 # ---- report: the swarm made a global step, or this peer was behind and took over a newer state
                 step, report = optimizer.local_epoch, optimizer.last_round
                 if optimizer.states_loaded > states_loaded:
-                    console.line(f"Was behind: took over global step {step} from the others")
+                    console.line(f"Took over global step {step} from the others")
                     states_loaded, loss_sum, samples = optimizer.states_loaded, 0.0, 0
+                    watch.start_over(step)
                     continue
                 if report is None:  # the first round is still being averaged in the background
                     continue
@@ -153,7 +163,11 @@ def main() -> None:
                 )
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
                 console.line(record.as_line(last_step))
+                lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
+                # With delayed steps, peers publish the weights at different moments.
+                if not settings["delay_optimizer_step"] and watch.has_strayed(step, record.sketch):
+                    optimizer.reload("this peer's model is another one than most have", watch.doubtful)
 
             # ---- leave
             if step >= last_step:
@@ -170,6 +184,7 @@ def main() -> None:
                 )
             console.line(f"{name} gave {samples_total:,} samples to the common model. Thank you!")
         finally:
+            lookout.stop()
             optimizer.leave()
 
 

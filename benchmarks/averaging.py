@@ -5,6 +5,7 @@ steps by time instead of by samples (hivemind's tracker goes on estimating while
 """
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from benchmarks.regression_peer import SETTINGS, loss_of, make_model, plain_optimizer
 from benchmarks.report import Report, run_benchmark
+from collab.agreement import spread
 from collab.codecs import CODECS, INT8_FROM_VALUES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,6 @@ Tensors = Mapping[str, torch.Tensor]
 
 SWARMS = (("trainer",) * 2, ("trainer",) * 3, ("trainer",) * 4, ("trainer", "trainer", "auxiliary", "client"))
 ROUNDS = 50
-ROUNDS_OF_LARGER_SWARMS = 6
 STEP_SECONDS = 3.0
 
 # The all-reduce hands out whole parts of 131,072 values. The 18 parts of this model can be shared evenly by two and
@@ -229,9 +230,13 @@ def add_wire_rows(report: Report, runs: Sequence[PeerRun], rounds: int) -> None:
             report.figure(f"{name}: {direction}, {role}, to the formula", ratio, "x")
         off = max(abs(ratio - 1) for ratio in ratios)
         report.at_most(f"{name}: bytes off the formula, {role}", off, "of it", 0.05)
-    seconds = [r["allreduce_seconds"] for run in training for r in run.reports if r["step"] in met]
-    if seconds:
-        report.figure(f"{name}: all-reduce, median", statistics.median(seconds), "s")
+    for stage in ("matchmaking", "allreduce"):
+        seconds = [r[f"{stage}_seconds"] for run in training for r in run.reports if r["step"] in met]
+        if seconds:
+            report.figure(f"{name}: {stage}, median", statistics.median(seconds), "s")
+    steps = set.intersection(*(set(run.log["sketches"]) for run in training))
+    apart = max((spread([run.log["sketches"][step] for run in training]) for step in steps), default=math.inf)
+    report.at_most(f"{name}: models apart, largest of {len(steps)} steps", apart, "of their norm", 1e-5)
     difference = largest_difference([run.weights for run in training])
     report.at_most(f"{name}: parameters differ at the end by", difference, "", 1e-5)
 
@@ -298,8 +303,8 @@ def add_cost_rows(
         if share >= LEAST_SHARE:
             report.figure(f"{name}: of this, {process}", share, "x")
     report.figure(f"{name}: plain loop, CPU of a micro-batch", per_turn * 1000, "ms")
-    spread = [run.cpu_seconds / run.turns for run in plain]
-    report.figure(f"{name}: plain loop after to before", spread[-1] / spread[0], "x")
+    per_turns = [run.cpu_seconds / run.turns for run in plain]
+    report.figure(f"{name}: plain loop after to before", per_turns[-1] / per_turns[0], "x")
     steps = max(1, sum(len(log["reports"]) for log in logs))
     report.figure(f"{name}: global step, mean", sum(log["wall_seconds"] for log in logs) / steps, "s")
     report.figure(f"{name}: micro-batches of a peer in a step", turns / steps, "")
@@ -337,10 +342,9 @@ def measure(report: Report, rounds: int = ROUNDS) -> None:
     """Swarms of four kinds, every codec, and the cost."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the peers are ended too
     for roles in SWARMS:
-        these = rounds if roles == SWARMS[0] else min(rounds, ROUNDS_OF_LARGER_SWARMS)
-        runs = run_peers(roles, these, target_batch_size=target_for(roles), step_seconds=STEP_SECONDS)
+        runs = run_peers(roles, rounds, target_batch_size=target_for(roles), step_seconds=STEP_SECONDS)
         say_what_was_missed(runs)
-        add_wire_rows(report, runs, these)
+        add_wire_rows(report, runs, rounds)
     pair = SWARMS[0]
     for codec in CODECS:
         runs = run_peers(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch.optim.lr_scheduler import LambdaLR
 
+from collab.agreement import sketch
 from collab.assistant import Assistant
 from collab.optimizer import SwarmOptimizer, linear_schedule, make_optimizer, weight_decay_groups
 from collab.peer import Peer
@@ -137,6 +138,7 @@ def main() -> None:
     began, cpu_before = time.monotonic(), cpu_by_process()
     by_step: dict[int, list[tuple[int, int]]] = {}
     reports: list[dict[str, Any]] = []
+    sketches: dict[int, list[float]] = {}
     turn = 0
     try:
         while assistant is not None and not stop.wait(0.1):
@@ -158,6 +160,8 @@ def main() -> None:
                 report = optimizer.last_round
                 assert report is not None and report.step == step + 1
                 reports.append(asdict(report))
+                sketches[report.step] = sketch(model.parameters())
+                announce(folder / f"step-{number}", str(report.step))
                 if not report.applied:
                     del by_step[step]  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
@@ -165,6 +169,7 @@ def main() -> None:
         log = {
             "by_step": by_step,
             "reports": reports,
+            "sketches": sketches,
             "cpu_seconds": sum(cpu.values()),
             "cpu_by_process": cpu,
             "wall_seconds": time.monotonic() - began,

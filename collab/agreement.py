@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -43,3 +43,19 @@ def majority(sketches: Sequence[Sequence[float]]) -> list[float]:
 def spread(sketches: Sequence[Sequence[float]]) -> float:
     """The largest distance of any of these models from the majority's."""
     return max((distance(one, majority(sketches)) for one in sketches), default=0.0)
+
+
+def strays(sketches: Mapping[str, Sequence[float]], tolerance: float) -> set[str]:
+    """Peers whose model is not the one that most have.
+
+    :param sketches: by peer id, all of the same global step.
+    :param tolerance: relative distance up to which two models count as the same.
+    :returns: all but the largest set of peers that agree with one of them; of two such sets that are equally large, the
+      one with the smallest peer id stays, so that all peers come to the same result.
+    """
+    agreeing = [
+        {other for other in sketches if distance(sketches[other], sketches[one]) <= tolerance}
+        for one in sorted(sketches)
+        if max(map(abs, sketches[one]), default=0.0) < NOT_FINITE
+    ]
+    return set(sketches) - max(agreeing, key=len, default=set())

@@ -46,9 +46,10 @@ class Assistant(threading.Thread):
 
     def _take_a_turn(self) -> None:
         optimizer = self._optimizer
-        if optimizer.tracker.global_epoch > optimizer.local_epoch:
-            # The swarm is ahead: a round of its own now would gather nobody, or single peers out of the next group.
-            optimizer.skip_to(optimizer.tracker.global_epoch)
+        trainers_step = optimizer.tracker.trainers_step
+        if trainers_step > optimizer.local_epoch or 0 <= trainers_step < optimizer.local_epoch - 1:
+            # The swarm is ahead, or has begun anew from an older state.
+            optimizer.skip_to(trainers_step)
         before = optimizer.last_round
         optimizer.step()
         report = optimizer.last_round

@@ -290,14 +290,50 @@ class Averager(_MeetsTheSwarm, GradientAverager):
 class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     """Averages parameters, and downloads the state of other peers with a sign of life."""
 
+    doubtful: frozenset[str] = frozenset()
+    """Peer ids whose state is not to be taken over."""
+    held_step: int | None = None
+    """For auxiliary peers: the global step of the state that they hold, which the swarm may have left behind. Trainers
+    offer their current state."""
+
     def load_state_from_peers(self, **kwargs: Any) -> bool:
         """Take over the state of the most advanced peer that answers.
 
         :returns: whether a state was loaded. Upstream does not tell.
         """
         self._loaded = False
-        super().load_state_from_peers(**kwargs)
+        self._outer_pipe.send(("_pass_over", [self.doubtful], {}))  # a call that the averager's process makes
+        try:
+            super().load_state_from_peers(**kwargs)
+        except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
+            logger.warning("A state could not be taken over: %s", str(error) or type(error).__name__)
         return self._loaded
+
+    async def _pass_over(self, donors: frozenset[str]) -> None:
+        self.doubtful = donors
+
+    def hold_state(self) -> None:
+        """Offer the state as it is now to newcomers whom no trainer answers, from now on and whatever comes."""
+        self.held_step = self.local_epoch
+        self.allow_state_sharing = True
+        self.state_sharing_priority = self.held_step
+
+    @property
+    def state_sharing_priority(self) -> float:
+        """Newcomers ask those first who have the highest: the global step; of equals, a trainer."""
+        return float(TrainingStateAverager.state_sharing_priority.fget(self))
+
+    @state_sharing_priority.setter
+    def state_sharing_priority(self, value: float) -> None:
+        held = value if self.held_step is None else self.held_step - 0.5
+        TrainingStateAverager.state_sharing_priority.fset(self, held)
+
+    def get_current_state(self) -> tuple[dict[str, Any], list[torch.Tensor], list[Any]]:
+        """What a newcomer downloads: metadata with the global step, tensors, and what kind each of them is."""
+        metadata, tensors, infos = super().get_current_state()
+        if self.held_step is not None:
+            metadata["epoch"] = self.held_step
+        return metadata, tensors, infos
 
     def _update_scheduler(self) -> None:
         self._loaded = True  # the last thing that upstream does when it has taken over a state
@@ -329,7 +365,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         priorities = {
             PeerID(peer): float(entry.value)
             for peer, entry in entries.items()
-            if isinstance(entry.value, int | float) and PeerID(peer) != self.peer_id
+            if isinstance(entry.value, int | float) and str(PeerID(peer)) not in {str(self.peer_id), *self.doubtful}
         }
         return sorted(priorities, key=lambda peer: priorities[peer], reverse=True)
 

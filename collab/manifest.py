@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import logging
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -13,9 +15,12 @@ from collab.errors import UserError
 from collab.files import replacing_folder, write_bytes
 from collab.peer import Peer, peer_id_in
 
+logger = logging.getLogger(__name__)
+
 PROTOCOL = "samiti/manifest/1"  # under this name peers serve it
 CODE_VERSION = "0.1.0"  # peers of another version may count, mask or average differently
 NUMERIC_LIBRARIES = ("hivemind", "torch", "transformers", "tokenizers")
+SECOND_OPINION_SECONDS = 5.0
 MAX_DOCUMENT_BYTES = 512 * 2**20  # unpacked; a stranger's small answer must not grow without bound
 
 
@@ -113,17 +118,55 @@ class Manifest:
 
 
 def fetch_manifest(peer: Peer, timeout: float = 30.0) -> Manifest:
-    """Ask the peers that were named on the command line for the run's manifest, one after the other."""
-    failures = []
-    for address in peer.initial_peers:
+    """Ask the peers that were named on the command line for the run's manifest, one after the other.
+
+    :param timeout: seconds for each of them until one has answered; after that, for a moment only.
+    :raises UserError: nobody has one, or they have different ones.
+    """
+    found: dict[str, tuple[str, Manifest]] = {}
+    failures: list[str] = []
+    for peer_id, address in _one_address_each(peer.initial_peers).items():
         try:
-            return Manifest.from_bytes(peer.fetch(peer_id_in(address), PROTOCOL, timeout))
+            content = peer.fetch(peer_id, PROTOCOL, min(timeout, SECOND_OPINION_SECONDS) if found else timeout)
+            manifest = Manifest.from_bytes(content)
+            found.setdefault(manifest.fingerprint, (address, manifest))
         except (OSError, ValueError) as error:
             failures.append(f"{address}: {error}")
+    if len(found) > 1:
+        raise UserError(_different_runs(list(found.values())))
+    for address, manifest in found.values():
+        for failure in failures:
+            logger.warning("No manifest from %s; going by that of %s", failure, address)
+        return manifest
     listing = "\n  ".join(failures)
     raise UserError(
         f"The swarm answered, but no peer handed out the run's manifest:\n  {listing}\n"
         f"Use the address that the run's auxiliary peer prints; that peer has to run the same version of the code."
+    )
+
+
+def _one_address_each(addresses: Sequence[str]) -> dict[str, str]:
+    """The first address of each peer, by peer id: a peer may be given with several."""
+    first: dict[str, str] = {}
+    for address in addresses:
+        first.setdefault(peer_id_in(address), address)
+    return first
+
+
+def _different_runs(found: list[tuple[str, Manifest]]) -> str:
+    listing = "\n  ".join(
+        f"{address}: the run {manifest.settings['run_id']}, fingerprint {manifest.fingerprint[:12]}"
+        for address, manifest in found
+    )
+    (_, one), (_, other) = found[:2]
+    sides = [{**each.settings, **each.files, **each.versions} for each in (one, other)]
+    absent = object()
+    differing = sorted(
+        name for name in sides[0].keys() | sides[1].keys() if sides[0].get(name, absent) != sides[1].get(name, absent)
+    )
+    return (
+        f"The addresses in --initial_peers lead to different runs, which cannot become one:\n  {listing}\n"
+        f"They differ in {', '.join(differing)}. Give only addresses of the run that you want to join."
     )
 
 

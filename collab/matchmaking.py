@@ -133,6 +133,8 @@ class SwarmMatchmaking(Matchmaking):
         leader: PeerID | None = None
         async with self._watching(number):
             while not self.assembled_group.done():
+                if step.done():  # upstream can miss that the round was called off (averaging/averager.py, `_step`)
+                    raise MatchmakingException("the round was called off")
                 if self.roster.ahead:
                     raise LeftBehind(f"the others are at global step {self.roster.ahead} already")
                 candidates = [peer for peer in self.roster.candidates if peer not in self._passed_over]
@@ -191,6 +193,8 @@ class SwarmMatchmaking(Matchmaking):
         try:
             while not attempt.done():
                 await asyncio.wait({attempt}, timeout=POLL_SECONDS)
+                if self.step_control.done():
+                    return
                 if self.step_control.triggered and not self._triggered_at:
                     self._triggered_at = time.monotonic()
                 if self._waited(2 * self.patience):  # it has hung up, or its micro-batches take too long

@@ -5,7 +5,7 @@ import time
 
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
-from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, conlist, constr
 
 from collab.agreement import NOT_FINITE, SKETCH_SIZE
@@ -101,7 +101,16 @@ def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float)
 
 def read_records(peer: Peer, run_id: str) -> list[PeerRecord]:
     """The latest record of each peer that has reported within its record's lifetime."""
-    answer = peer.dht.get(_key(run_id), latest=True)
+    return records_in(ask_for_records(peer, run_id).result())
+
+
+def ask_for_records(peer: Peer, run_id: str) -> MPFuture:
+    """`read_records` in two parts, for who cannot wait: give the result to `records_in`."""
+    return peer.dht.get(_key(run_id), latest=True, return_future=True)
+
+
+def records_in(answer: ValueWithExpiration | None) -> list[PeerRecord]:
+    """The records in a DHT's answer whose signature, peer id and fields are as they should be."""
     if not isinstance(answer, ValueWithExpiration) or not isinstance(answer.value, dict):
         return []
     records = []

@@ -1,11 +1,12 @@
 """The optimizer that a whole swarm shares: hivemind's, with the repairs it needs, and a verdict on every round."""
 
+import asyncio
 import logging
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,11 +135,23 @@ class Tracker(ProgressTracker):
     """
 
     def __init__(self, *args: Any, start: bool, **kwargs: Any) -> None:
+        self.trainers_step = -1
+        """The global step that the most advanced trainer has made, by its report; -1 if there is none."""
         self._presence = (-1, -math.inf)
         super().__init__(*args, start=False, **kwargs)
         self.should_report_progress: _PacedEvent = _PacedEvent()
         if start:
             self.start()
+
+    def run(self) -> None:
+        super().run()
+        # Upstream leaves its last task to the interpreter, which complains about it on the volunteer's screen.
+        loop = asyncio.get_event_loop()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.close()
 
     def report_local_progress(self, local_epoch: int, samples_accumulated: int, **kwargs: Any) -> None:
         known = self.local_progress
@@ -168,12 +181,14 @@ class Tracker(ProgressTracker):
         )  # fmt: skip
 
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
+        self.trainers_step = -1
         if isinstance(metadata, dict):  # those who train; not who only helps
             metadata = {
                 key: entry
                 for key, entry in metadata.items()
                 if entry.value is not None and entry.value["samples_per_second"] > 0
             }
+            self.trainers_step = max((entry.value["epoch"] for entry in metadata.values()), default=-1)
         return super()._parse_swarm_progress_data(metadata)
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -239,11 +254,6 @@ class SwarmOptimizer(hivemind.Optimizer):
             return True
         return bool(super()._should_load_state_from_peers())
 
-    def _update_global_epoch(self, grad_scaler: Any) -> None:
-        if self.auxiliary:  # it goes along to the next global step, but its weights do not
-            self.state_averager.allow_state_sharing = False
-        super()._update_global_epoch(grad_scaler)
-
     def _maybe_schedule_gradient_averaging(self) -> None:
         self.grad_averager.round_number = self.local_epoch + 1
         if self.auxiliary:
@@ -287,8 +297,8 @@ class SwarmOptimizer(hivemind.Optimizer):
             return
         self.grad_averager.restore_own_gradient()
         self._load_averaged_gradients_into_optimizer_()
-        if isinstance(failure, LeftBehind):
-            self.go_and_reload(f"round {self._round_step} was made without this peer")
+        if isinstance(failure, LeftBehind) and not self.auxiliary:
+            self.reload(f"round {self._round_step} was made without this peer")
             self.guard.hold_next = True
         elif self.failed_round == "skip":
             self.guard.hold_next = True
@@ -314,15 +324,20 @@ class SwarmOptimizer(hivemind.Optimizer):
         return tally, RoundFailed(f"met {len(tally.peers)} of {self._expected} peers, less than the quorum")
 
     def _look_who_is_there(self) -> None:
-        """Ask at once how many peers live; the tracker does not while a round goes on."""
+        """Ask at once how many peers live and how far they are; the tracker does not while updates are paused."""
         answer = self.dht.get(self.tracker.training_progress_key, latest=True)
         progress = self.tracker._parse_swarm_progress_data(answer.value if answer is not None else None)
+        self.tracker.global_progress = progress
         self._expected = max(1, progress.num_peers)
 
-    def go_and_reload(self, why: str) -> None:
-        """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before."""
+    def reload(self, why: str, doubtful: Collection[str] = ()) -> None:
+        """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before.
+
+        :param why: for the console.
+        :param doubtful: ids of peers whose state is not to be taken.
+        """
         logger.warning("Taking over the state of the others: %s", why)
-        self._must_reload = True
+        self._must_reload, self.state_averager.doubtful = True, frozenset(doubtful)
         if not self.client_mode:
             self.state_averager.allow_state_sharing = False
 
@@ -362,23 +377,32 @@ class SwarmOptimizer(hivemind.Optimizer):
             for attempt in range(LOAD_STATE_ATTEMPTS):
                 if attempt:
                     time.sleep(LOAD_STATE_PAUSE)  # donors may be about to finish the step that this peer has reached
-                loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                if loaded or self.tracker.global_epoch <= self.local_epoch:
+                loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs) or loaded
+                self._look_who_is_there()
+                behind = self.tracker.global_epoch - self.local_epoch
+                if (loaded and behind <= 1) or (behind <= 0 and not self._must_reload):
                     break
             else:
-                logger.warning("No peer could hand out its state after %d attempts", LOAD_STATE_ATTEMPTS)
-            if loaded and not self.auxiliary and self.tracker.global_epoch - 1 == self.local_epoch:
-                # The donor's peers are about to finish this step; what they average next is the one after it.
+                if not loaded:
+                    logger.warning("No peer could hand out its state in %d attempts", LOAD_STATE_ATTEMPTS)
+            if loaded and behind > 0 and not self.auxiliary:
+                # It would never catch up if the swarm is faster than its downloads, or only a checkpoint is to be had.
+                # One behind is normal: what the donor's peers are about to finish is not what they average next.
+                if behind > 1:
+                    logger.warning("Joins with a state %d steps old; the next averaging of parameters mends it", behind)
                 self.state_averager.local_epoch = self.tracker.global_epoch
+                self.state_averager._update_scheduler()
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
             self.grad_averager.reset_accumulated_grads_()
-            if not self.client_mode:
-                self.state_averager.allow_state_sharing = not self.auxiliary
+            if self.auxiliary and loaded:
+                self.state_averager.hold_state()
+            elif not self.auxiliary and not self.client_mode:
+                self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
         self._must_reload = False
         self.states_loaded += loaded
         self.share_state_memory()
-        return bool(loaded)
+        return loaded
 
     def _abandon_scheduled_round(self) -> None:
         scheduled, self.scheduled_grads = self.scheduled_grads, None
@@ -393,6 +417,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         """Take over the optimizer's state and the global step from a checkpoint."""
         super().load_state_dict(state_dict)
         self.state_averager._update_scheduler()
+        if self.auxiliary:
+            self.state_averager.hold_state()
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
 
@@ -402,12 +428,6 @@ class SwarmOptimizer(hivemind.Optimizer):
         with self.tracker.pause_updates():
             self.state_averager.local_epoch = step
             self.tracker.update_epoch(step)
-        self.state_averager.allow_state_sharing = False
-
-    def offer_state(self) -> None:
-        """Hand out this peer's state although it trains nothing: for the start from a checkpoint."""
-        self.state_averager.allow_state_sharing = True
-        self.state_averager.state_sharing_priority = self.local_epoch
 
     def leave(self, timeout: float = LEAVE_SECONDS) -> bool:
         """Say goodbye and end the averagers, within `timeout` seconds.

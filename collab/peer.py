@@ -1,12 +1,13 @@
 """A computer's place in the swarm: its identity, its DHT node, its addresses, and what it hands to others."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,17 +18,20 @@ from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.networking import choose_ip_address
 
+from collab.clock import offset_in, wrong_clock
 from collab.errors import UserError
 from collab.files import replacing
 
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 8  # P2P.send_raw_data writes the length first, as so many big-endian bytes
+DAEMON_SECONDS = 10.0  # p2pd answers in milliseconds
 MAX_PAYLOAD_BYTES = 256 * 2**20  # what one peer may hand to another in one go; a tokenizer is well under 10 MiB
 
 
@@ -83,6 +87,7 @@ class Peer:
         try:
             dht.run_in_background(await_ready=True, timeout=2 * startup_timeout)
         except Exception as error:
+            dht.join(1.0)  # killed while it tells its reason, it would keep a lock that all of hivemind waits for
             if dht.is_alive():
                 dht.terminate()
             raise UserError(_why_not_started(error, initial_peers, host_maddrs, path, startup_timeout)) from error
@@ -97,7 +102,7 @@ class Peer:
 
     def addresses(self) -> list[str]:
         """Addresses that other computers can dial, those of one interface: a public one if there is one."""
-        visible = self.dht.get_visible_maddrs(latest=True)
+        visible = self.dht.run_coroutine(_visible_addresses, return_future=True).result(2 * DAEMON_SECONDS)
         with_ip = [address for address in visible if {"ip4", "ip6"} & set(_protocols(address))]
         if not with_ip:
             return [str(address) for address in visible]
@@ -125,6 +130,34 @@ class Peer:
             if failure is not None:
                 raise OSError(failure)
             return target.read_bytes()
+
+    def rejoin(self, peers: Mapping[str, Sequence[str]], timeout: float = 10.0) -> set[str]:
+        """Dial peers anew, all at once, and make their DHT and this one's the same again. Safe at any time.
+
+        A DHT node forgets whoever does not answer once, and never asks again (dht/protocol.py): after a short break of
+        the network two halves of a swarm would stay apart.
+
+        :param peers: addresses by peer id; without any, libp2p uses those that it knows itself.
+        :param timeout: seconds for all of it.
+        :returns: ids of the peers that answered.
+        """
+        give_up = time.monotonic() + timeout
+        dialed = {
+            peer_id: self.dht.run_coroutine(
+                partial(_dial, peer_id=peer_id, addresses=list(addresses), timeout=0.7 * timeout), return_future=True
+            )
+            for peer_id, addresses in peers.items()
+        }
+        answered = set()
+        for peer_id, future in dialed.items():
+            with contextlib.suppress(TimeoutError):
+                if future.result(max(0.0, give_up - time.monotonic())):
+                    answered.add(peer_id)
+        if answered:
+            work = partial(_get_acquainted, timeout=0.3 * timeout)
+            with contextlib.suppress(TimeoutError):
+                self.dht.run_coroutine(work, return_future=True).result(0.5 * timeout)
+        return answered
 
     def join_command(self) -> str:
         """What a volunteer types to join through this peer."""
@@ -225,6 +258,8 @@ def _why_not_started(
             f"Cannot listen on {' '.join(host_maddrs)}: {reason}. The address may not be this computer's. Give another "
             f"one in --host_maddrs, for example /ip4/0.0.0.0/tcp/0."
         )
+    if (offset := offset_in(reason)) is not None:
+        return wrong_clock(offset)
     if initial_peers:
         dead = "\n  ".join(initial_peers)
         return (
@@ -241,6 +276,12 @@ def _why_not_started(
 # ---- coroutines that run inside the DHT's process ----------------------------------------------------------------
 # Content travels between the processes as files: the pipe that carries calls to hivemind's DHT process is non-blocking
 # there, and a call larger than the pipe's buffer (64 KiB) ends that process (dht/dht.py:128).
+# Each has a time limit, also where none seems needed: nobody holds a reference to a task that reads from a stream, not
+# hivemind (dht/dht.py:135) nor asyncio, so that the garbage collector may end it while it waits. A timer holds it.
+
+
+async def _visible_addresses(_dht: DHT, node: DHTNode) -> list[Multiaddr]:
+    return await asyncio.wait_for(node.get_visible_maddrs(latest=True), DAEMON_SECONDS)
 
 
 async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
@@ -250,7 +291,7 @@ async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
         finally:
             writer.close()
 
-    await node.p2p.add_binary_stream_handler(name, handler)
+    await asyncio.wait_for(node.p2p.add_binary_stream_handler(name, handler), DAEMON_SECONDS)
 
 
 async def _fetch(_dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: float, target: Path) -> str | None:
@@ -273,3 +314,28 @@ async def _fetch(_dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: flo
     except Exception as error:  # noqa: BLE001 - the reason goes back to the caller, which raises it
         return str(error) or type(error).__name__
     return None
+
+
+async def _dial(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], timeout: float) -> bool:
+    """Connect to a peer, and become a neighbour of its DHT node; returns whether it answered."""
+    peer = PeerID.from_base58(peer_id)
+
+    async def call() -> bool:
+        with contextlib.suppress(ControlFailure):  # no address works; it may be connected all the same
+            # libp2p wants the peer id apart from the address
+            await node.p2p._client.connect(peer, [Multiaddr(address.rpartition("/p2p/")[0]) for address in addresses])
+        return await node.protocol.call_ping(peer) is not None
+
+    try:
+        answered = await asyncio.wait_for(call(), timeout)
+    except Exception as error:  # noqa: BLE001 - a traceback in the DHT's process would help nobody
+        logger.debug("Peer %s could not be dialed: %r", peer_id, error)
+        return False
+    if answered:
+        node.blacklist.register_success(peer)
+    return answered
+
+
+async def _get_acquainted(_dht: DHT, node: DHTNode, timeout: float) -> None:
+    """Meet the neighbours of new neighbours, as a node does when it starts (`DHTNode.create`, stage 3)."""
+    await asyncio.wait({asyncio.create_task(node.find_nearest_nodes([node.node_id]))}, timeout=timeout)

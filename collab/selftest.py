@@ -1,4 +1,4 @@
-"""What a peer checks about its own machine before it joins: the codecs of the run, and the limit on open files."""
+"""What a peer checks about its own machine before it trains: the run's codecs, its clock, the limit on open files."""
 
 import logging
 import resource
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from hivemind.compression import CompressionInfo, deserialize_torch_tensor, serialize_torch_tensor
 
+from collab.clock import check_clock
 from collab.codecs import CODECS
 from collab.errors import UserError
+from collab.peer import Peer, peer_id_in
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +24,15 @@ ERROR_BOUNDS = {"none": 0.0, "float16": 0.001, "scaled_float16": 0.001, "int8": 
 SIZES = (5_000, 100_000)
 
 
-def self_test(codecs: Sequence[str]) -> None:
-    """Everything here; a few milliseconds. :param codecs: names of those that the run uses. :raises UserError:"""
+def self_test(codecs: Sequence[str], peer: Peer) -> None:
+    """Everything here; a few milliseconds, and a round trip to the peers that `peer` joined through.
+
+    :param codecs: names of those that the run uses.
+    :raises UserError: what is wrong, and how to mend it.
+    """
     raise_file_limit()
     check_codecs(codecs)
+    check_clock(peer.dht, [peer_id_in(address) for address in peer.initial_peers])
 
 
 def check_codecs(names: Sequence[str]) -> None:

@@ -34,6 +34,15 @@ class Task(Protocol):
         :returns: {relative file name: content}, a few MB at most: every newcomer downloads them.
         """
 
+    @staticmethod
+    def refuse_other_files(given: Mapping[str, Any], folder: Path) -> None:
+        """Refuse a volunteer's own files that are not the run's: a path may be the same, and its content another.
+
+        :param given: the arguments that the volunteer gave; without them there is nothing to compare.
+        :param folder: holds the run's files, which `prepare` returned at the peer that started it.
+        :raises UserError: it names what differs.
+        """
+
     def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
         """Build the model with its first weights.
 

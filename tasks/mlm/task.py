@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 disable_progress_bar()  # the bar of `save_pretrained` would draw over the console line of the run
 
 MEGABYTE = 10**6
+_KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own without --initial_peers."
 
 
 class MaskedLM:
@@ -56,6 +57,23 @@ class MaskedLM:
             Path(scratch, "config.json").write_bytes(files["config.json"])
             _try_once(settings, Path(scratch), cache_dir)
         return files
+
+    @staticmethod
+    def refuse_other_files(given: Mapping[str, Any], folder: Path) -> None:
+        path = given.get("model_config")
+        if path and Path(path).is_file():
+            here, there = _read_model_config(Path(path)), _read_model_config(folder / "config.json")
+            differing = sorted(
+                key for key in here.keys() | there.keys() if key != "vocab_size" and here.get(key) != there.get(key)
+            )
+            if differing:  # the number of ALBERT's layers changes no shape: nobody would notice
+                what = "; ".join(f"{key} = {here.get(key)}, but this run uses {there.get(key)}" for key in differing)
+                raise UserError(f"The model in your {path} is not the run's: {what}. {_KEEP_OUT}")
+        name = given.get("tokenizer")
+        if name and Path(name).is_dir():
+            mine, its = _identify_tokenizer(Path(name)), _identify_tokenizer(folder)
+            if mine != its:
+                raise UserError(f"The tokenizer in your {name} has {mine}, but this run's has {its}. {_KEEP_OUT}")
 
     def batches(self, micro_batch_size: int, place: str) -> Iterator[dict[str, torch.Tensor]]:
         seed = int.from_bytes(sha256(f"{self.settings['seed']} {place}".encode()).digest()[:8], "big")
@@ -186,6 +204,14 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
             f"The tokenizer {name!r} cannot be opened: {str(error).splitlines()[0]} Set `tokenizer` to a folder or a "
             f"name on the Hub, or leave it out to train one."
         ) from error
+
+
+def _identify_tokenizer(folder: Path) -> str:
+    """Equal for tokenizers that do the same: their entries, and all rules of how text is cut into them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rules = json.dumps(sorted(tokenizer.get_vocab().items()))
+    rules += tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    return f"{len(tokenizer):,} entries and fingerprint {sha256(rules.encode()).hexdigest()[:8]}"
 
 
 def _up_to(texts: Iterable[str], budget: float) -> Iterator[str]:

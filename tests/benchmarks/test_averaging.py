@@ -28,12 +28,13 @@ SIZE = 4 * INT8_FROM_VALUES
 
 def round_report(step: int = 1, **changes: Any) -> dict[str, Any]:
     report = dict(step=step, met=2, applied=True, parts=1.0, bytes_sent=SIZE, bytes_received=SIZE)
-    return report | {"allreduce_seconds": 0.2, "reason": ""} | changes
+    return report | {"matchmaking_seconds": 0.1, "allreduce_seconds": 0.2, "reason": ""} | changes
 
 
 def peer(reports: list[dict[str, Any]], value: float = 1.0, role: str = "trainer", samples: int = 16) -> PeerRun:
     tensors = {"weight": torch.full((SIZE // 4,), value)}
-    log = {"reports": reports, "by_step": {str(r["step"] - 1): [[0, samples]] for r in reports}}
+    sketches = {str(r["step"]): [value] * 16 for r in reports}
+    log = {"reports": reports, "sketches": sketches, "by_step": {str(r["step"] - 1): [[0, samples]] for r in reports}}
     return PeerRun(role, log, weights=tensors, own=tensors, averaged=tensors)
 
 
@@ -96,6 +97,7 @@ def test_rows_of_a_bad_swarm_say_what_is_wrong() -> None:
     assert missed == {
         "2 trainers: rounds met by all": 0.5,
         "2 trainers: bytes off the formula, trainer": pytest.approx(0.1),
+        "2 trainers: models apart, largest of 1 steps": pytest.approx(0.05, rel=0.1),
         "2 trainers: parameters differ at the end by": pytest.approx(0.1),
     }
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from collab.agreement import SKETCH_SIZE, distance, majority, sketch, spread
+from collab.agreement import SKETCH_SIZE, distance, majority, sketch, spread, strays
 
 
 def model(seed: int = 0) -> list[torch.Tensor]:
@@ -50,3 +50,21 @@ def test_what_is_not_finite_is_another_model() -> None:
     broken = sketch([torch.tensor([math.nan, 1.0])])
     assert distance(broken, sketch(model())) > 1e6 and all(map(math.isfinite, broken))
     assert distance([0.0] * SKETCH_SIZE, [0.0] * SKETCH_SIZE) == 0.0
+
+
+def test_most_peers_are_right_and_the_others_stray() -> None:
+    good, bad = sketch(model()), sketch(moved(model(), 0.1))
+    near = sketch(moved(model(), 1e-4))
+    assert strays({"a": bad, "b": good, "c": near}, 0.01) == {"a"}
+    assert strays({"a": bad, "b": bad, "c": good}, 0.01) == {"c"}
+    assert strays({"a": good, "b": near, "c": good}, 0.01) == set()
+
+
+def test_two_peers_that_differ_come_to_the_same_verdict_and_one_stays() -> None:
+    assert strays({"a": sketch(model()), "b": sketch(model(1))}, 0.01) == {"b"}
+
+
+def test_a_model_that_is_not_finite_always_strays() -> None:
+    broken = sketch([torch.full((100,), math.nan)])
+    assert strays({"a": broken, "b": broken, "c": sketch(model())}, 0.01) == {"a", "b"}
+    assert strays({"a": broken, "b": broken}, 0.01) == {"a", "b"}

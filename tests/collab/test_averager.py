@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from hivemind.averaging.partition import TensorPartReducer
+from hivemind.optim.grad_averager import GradientAverager
 
-from collab.averager import Reducer
+from collab.averager import Averager, Reducer
 from collab.optimizer import StepGuard
 
 HONEST = torch.tensor([1.0, 2.0, 3.0])
@@ -66,6 +67,28 @@ def test_honest_parts_are_averaged_by_their_samples() -> None:
     result, reducer = average(Reducer, [(HONEST, 30.0), (HONEST * 5, 10.0)])
     torch.testing.assert_close(result, HONEST * 2)
     assert reducer.rejected_senders == set() and reducer.first_part_weight == 40.0
+
+
+@pytest.mark.parametrize("sizes", [[16], [16, 16, 16], [16, 4], [3, 40, 1]], ids=str)
+def test_the_mean_over_uneven_micro_batches_is_that_over_samples(sizes: list[int]) -> None:
+    """Upstream divides by the number of micro-batches times the size of the first one: right only if all have it."""
+    gradients = [torch.tensor([1.0, 10.0]) * (turn + 1) for turn in range(len(sizes))]
+    weighted = torch.stack([size * gradient for size, gradient in zip(sizes, gradients, strict=True)])
+    right = weighted.sum(0) / sum(sizes)
+
+    def mean_of(averager: GradientAverager) -> torch.Tensor:
+        for size, gradient in zip(sizes, gradients, strict=True):
+            averager.parameters[0].grad = gradient.clone()
+            averager.accumulate_grads_(size)
+        averager.load_accumulators_into_averager_()
+        with averager.get_tensors() as [tensor]:
+            return tensor.clone()
+
+    options: dict[str, Any] = dict(dht=None, prefix="test", client_mode=False, start=False)
+    params = [torch.nn.Parameter(torch.zeros(2))]
+    torch.testing.assert_close(mean_of(Averager(params, progress_key="test", lag=0, **options)), right)
+    stock = mean_of(GradientAverager(params, **options))
+    assert torch.allclose(stock, right) == (len(set(sizes)) == 1), "upstream has mended it"
 
 
 def guarded() -> tuple[StepGuard, torch.nn.Parameter, torch.optim.Optimizer]:

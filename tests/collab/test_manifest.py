@@ -5,8 +5,11 @@ import json
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hivemind.averaging.averager import compute_schema_hash
+from transformers import AlbertConfig, AlbertForPreTraining
 
 import collab.manifest
 from collab.errors import UserError
@@ -70,6 +73,17 @@ def test_the_fingerprint_depends_on_everything():
 def test_the_fingerprint_does_not_depend_on_order():
     settings, files = (dict(reversed(mapping.items())) for mapping in (SETTINGS, FILES))
     assert manifest(settings=settings, files=files).fingerprint == manifest().fingerprint
+
+
+def test_another_depth_is_another_swarm_although_no_tensor_tells():
+    """Upstream compares the shapes of tensors; an ALBERT's layers share theirs, so it would join unnoticed."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=50, embedding_size=8, hidden_size=16, intermediate_size=32, num_attention_heads=2
+    )
+    configs = [AlbertConfig(**sizes, num_hidden_layers=layers) for layers in (2, 5)]
+    stock = {compute_schema_hash(list(AlbertForPreTraining(config).parameters())) for config in configs}
+    ours = {manifest(files={"config.json": config.to_json_string().encode()}).swarm_id for config in configs}
+    assert len(stock) == 1 and len(ours) == 2
 
 
 # ---- a stranger's ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A computer's place in the swarm: identity, addresses, files from hand to hand, signed records, clear refusals."""
 
+import asyncio
+import gc
 import os
 import socket
 import threading
@@ -20,7 +22,7 @@ from collab.metrics import (
     read_records,
     wait_until_saved,
 )
-from collab.peer import Peer, peer_id_in, peer_id_of_key
+from collab.peer import Peer, _visible_addresses, peer_id_in, peer_id_of_key
 from collab.processes import StopSignal
 from tests.collab.conftest import LOOPBACK, daemons, ended
 
@@ -86,6 +88,26 @@ def test_the_join_command_leads_back_to_this_peer(start_peer):
     assert other.initial_peers == words[3:]
 
 
+def test_the_garbage_collector_does_not_end_a_question_to_the_daemon(start_peer):
+    """Nothing but the question itself refers to a task that waits for p2pd's answer; stock hivemind's are lost."""
+    peer = start_peer()
+    (daemon,) = daemons()
+    daemon.suspend()
+    try:
+        answer = peer.dht.run_coroutine(_visible_addresses, return_future=True)
+        peer.dht.run_coroutine(_collect_garbage)
+        assert not answer.done()
+    finally:
+        daemon.resume()
+    assert [str(address) for address in answer.result(10)] == peer.addresses()
+
+
+async def _collect_garbage(_dht, _node):
+    for _ in range(20):  # turns of the event loop: more than it takes to put the question
+        gc.collect()
+        await asyncio.sleep(0)
+
+
 def test_the_signature_key_belongs_to_the_peer_id(start_peer, tmp_path):
     path = tmp_path / "identity.key"
     peer = start_peer(identity_path=str(path))
@@ -146,6 +168,38 @@ def test_a_peer_that_went_away_is_an_os_error_in_time(pair, tmp_path):
     assert time.monotonic() - began < 8 + 1
 
 
+# ---- looking for lost peers --------------------------------------------------------------------------------------
+
+
+def test_two_swarms_become_one_when_a_single_peer_dials_across(start_peer):
+    ours, theirs = start_peer(), start_peer()
+    friends = [start_peer(initial_peers=ours.addresses()), start_peer(initial_peers=theirs.addresses())]
+    theirs.dht.store("greeting", value="hello", expiration_time=get_dht_time() + 60)
+    assert ours.dht.get("greeting", latest=True) is None, "they are apart"
+    assert ours.rejoin({theirs.peer_id: theirs.addresses()}) == {theirs.peer_id}
+    for peer in (ours, *friends):
+        assert wait_for(lambda: peer.dht.get("greeting", latest=True))  # noqa: B023
+    friends[0].dht.store("answer", value="hello too", expiration_time=get_dht_time() + 60)
+    assert wait_for(lambda: friends[1].dht.get("answer", latest=True))
+
+
+def test_only_those_that_answer_are_counted_and_the_others_cost_no_more_than_the_timeout(pair):
+    first, second = pair
+    gone = {SOMEBODY: [f"/ip4/127.0.0.1/tcp/1/p2p/{SOMEBODY}"], str(PeerID(bytes([0x12, 32]) + bytes(32))): []}
+    began = time.monotonic()
+    assert second.rejoin({first.peer_id: first.addresses(), **gone}, timeout=6.0) == {first.peer_id}
+    assert second.rejoin({}) == set()
+    assert time.monotonic() - began < 12
+    with socket.socket() as mute:  # a firewall, or a port that belongs to something else
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        address = f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}/p2p/{SOMEBODY}"
+        began = time.monotonic()
+        assert second.rejoin({SOMEBODY: [address]}, timeout=3.0) == set()
+        assert time.monotonic() - began < 6
+    assert second.rejoin({first.peer_id: []}) == {first.peer_id}, "connected is connected, without any address"
+
+
 # ---- the manifest over the wire ----------------------------------------------------------------------------------
 
 
@@ -163,6 +217,28 @@ def test_the_manifest_of_the_next_address_is_taken_if_the_first_has_none(start_p
     sent.serve(holder, sent.unpack(tmp_path))
     newcomer = start_peer(initial_peers=[*without.addresses(), *holder.addresses()])
     assert fetch_manifest(newcomer, timeout=5.0) == sent
+
+
+def test_addresses_of_different_runs_are_refused_by_name(start_peer, tmp_path):
+    hosts = [start_peer(), start_peer()]
+    sent = [Manifest({"run_id": "ours", "seed": seed}, {"config.json": b"{}"}) for seed in (1, 2)]
+    for host, manifest in zip(hosts, sent, strict=True):
+        manifest.serve(host, manifest.unpack(tmp_path))
+    addresses = [address for host in hosts for address in host.addresses()]
+    with pytest.raises(UserError) as caught:
+        fetch_manifest(start_peer(initial_peers=addresses))
+    message = str(caught.value)
+    for address, manifest in zip(addresses, sent, strict=True):
+        assert address in message and manifest.fingerprint[:12] in message
+    assert "They differ in seed." in message and "config.json" not in message
+
+
+def test_several_addresses_of_one_run_are_welcome(start_peer, tmp_path):
+    hosts = [start_peer(), start_peer()]
+    sent = Manifest({"run_id": "ours"}, {})
+    for host in hosts:
+        sent.serve(host, sent.unpack(tmp_path))
+    assert fetch_manifest(start_peer(initial_peers=[address for host in hosts for address in host.addresses()])) == sent
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no manifest"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.collab.conftest import guarded  # noqa: F401 - a fixture
 from tests.swarm.processes import LOOPBACK, Program, assert_no_survivors, wait_until
 
 TINY_MODEL = """{"model_type": "albert", "architectures": ["AlbertForPreTraining"], "embedding_size": 16,

@@ -38,6 +38,14 @@ class Peers:
     def go(self) -> None:
         (self.folder / "go").touch()
 
+    def step(self, number: int) -> int:
+        """The latest global step that a running peer has made."""
+        path = self.folder / f"step-{number}"
+        return int(path.read_text()) if path.exists() else 0
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"weights-{number}.safetensors")
+
     def reports(self, number: int) -> list[dict[str, Any]]:
         return json.loads((self.folder / f"log-{number}.json").read_text())["reports"]
 
@@ -63,9 +71,8 @@ def test_peers_that_accept_no_connections_average_through_an_auxiliary_peer(peer
         for report in applied:
             assert report["met"] == 2 and report["parts"] == 1.0
             assert report["samples"] == 0  # a client averages nothing itself
-    one, other = (load_file(peers.folder / f"weights-{number}.safetensors") for number in (1, 2))
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5)
+    for name, tensor in peers.weights(1).items():
+        torch.testing.assert_close(tensor, peers.weights(2)[name], rtol=0, atol=1e-5)
     auxiliary.interrupt()
     assert auxiliary.wait(30) == 0, auxiliary.output()
     assert json.loads((peers.folder / "log-0.json").read_text())["assisted"] >= 3
@@ -97,8 +104,31 @@ def test_the_survivor_of_a_killed_peer_goes_on_alone_and_says_so(peers: Peers) -
     reports = peers.reports(0)
     assert len(reports) == 5
     assert not reports[-1]["applied"] and reports[-1]["met"] == 1
-    for tensor in load_file(peers.folder / "weights-0.safetensors").values():
+    for tensor in peers.weights(0).values():
         assert tensor.isfinite().all()
+
+
+def test_a_peer_that_froze_is_waited_for_once_and_comes_back_with_the_state_of_the_others(peers: Peers) -> None:
+    trainers = [peers.start(steps=12, target_batch_size=3000, metadata_expiration=60.0) for _ in range(3)]
+    peers.go()
+    wait_until(lambda: min(map(peers.step, range(3))) >= 2, 60, trainers[0].output)
+    frozen = trainers[1].process
+    frozen.send_signal(signal.SIGSTOP)
+    try:
+        last_of_all = max(map(peers.step, range(3))) + 1  # it may have given its gradients for this one already
+        wait_until(lambda: peers.step(0) >= last_of_all + 4, 60, trainers[0].output)
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+    assert [trainer.wait(120) for trainer in trainers] == [0, 0, 0], trainers[1].output()
+
+    reports = peers.reports(0)
+    without = [report for report in reports if report["met"] == 2]
+    assert len(without) >= 3 and all(report["applied"] for report in without), reports
+    # matchmaking_time is 1 second; those who did not come to the first of these rounds are not waited for again.
+    assert sum(report["matchmaking_seconds"] > 1 for report in without) <= 2, without
+    assert reports[-1]["met"] == 3, "it did not come back"
+    for name, tensor in peers.weights(0).items():
+        torch.testing.assert_close(tensor, peers.weights(1)[name], rtol=0, atol=1e-5)
 
 
 def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:

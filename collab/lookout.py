@@ -1,0 +1,282 @@
+"""Notices when this peer has lost the others, says so, and looks for them again."""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
+
+from collab.optimizer import RoundReport
+from collab.peer import Peer, peer_id_in, peer_id_of_key
+
+logger = logging.getLogger(__name__)
+
+ALONE_ROUNDS = 3
+FIRST_PAUSE = 30.0
+LONGEST_PAUSE = 600.0
+LOOKS_PER_LIFETIME = 4
+MISSED_LOOKS = 3  # in a row; a single answer of the DHT may lack records
+LOOK_SECONDS = 15.0
+MAX_ADDRESSES = 8  # of one peer; a stranger must not send this peer dialing without end
+MAX_ADDRESS_LENGTH = 300
+MAX_SEARCHED = 64
+SHOWN_PEERS = 8
+
+
+class Sightings:
+    """Who is in sight and who is lost. Decides when there is something to say or to do, and does nothing itself.
+
+    :param entrances: peer ids through which this peer joined. They are looked for even after a goodbye: newcomers go
+      on joining through them, and one that was started anew may be in another swarm than this peer.
+    :param now: seconds on a clock that only goes forward, as everywhere below.
+    """
+
+    def __init__(self, entrances: Collection[str], now: float) -> None:
+        self.entrances = frozenset(entrances)
+        self.lost: list[str] = []
+        """Peers that are looked for without another word; the latest last."""
+        self.rounds_alone = 0
+        """Rounds in a row that reached nobody although others live."""
+        self.others_expected = 0
+        self._missed: dict[str, int] = {}  # looks in a row without a record of that peer
+        self._said_alone = False
+        self._pause, self._searched, self._search_next = FIRST_PAUSE, -math.inf, now + FIRST_PAUSE
+
+    @property
+    def known(self) -> set[str]:
+        """Everybody who was seen and has not said goodbye, and the entrances."""
+        return self._missed.keys() | self.entrances
+
+    @property
+    def in_sight(self) -> set[str]:
+        """Peers that live as far as this one can tell."""
+        return {peer for peer, missed in self._missed.items() if missed < MISSED_LOOKS}
+
+    @property
+    def newly_lost(self) -> set[str]:
+        """Peers that vanished, and nothing was said of it yet."""
+        return self._missed.keys() - self.in_sight - set(self.lost)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Whom to look for without another word, the most promising first."""
+        unseen = self.entrances - self.in_sight - self.newly_lost
+        return [*sorted(unseen), *(peer for peer in reversed(self.lost) if peer not in unseen)]
+
+    @property
+    def alone(self) -> bool:
+        """Whether this peer has been training alone for some time although others live."""
+        return self.rounds_alone >= ALONE_ROUNDS
+
+    def look(self, living: Collection[str], left: Collection[str]) -> set[str]:
+        """Note who is there and who has said goodbye; gives those that were lost and are back."""
+        back = set(living) & set(self.lost)
+        self._missed = {peer: missed + 1 for peer, missed in self._missed.items() if peer not in left}
+        self._missed |= dict.fromkeys(living, 0)
+        self.lost = [peer for peer in self.lost if peer in self._missed and peer not in back]
+        return back
+
+    def after_round(self, report: RoundReport) -> None:
+        """Note whether a round reached anybody."""
+        alone = report.expected > 1 and not (report.applied and report.met > 1)
+        self.rounds_alone = self.rounds_alone + 1 if alone else 0
+        self.others_expected = report.expected - 1
+        self._said_alone &= alone
+
+    def begin_search(self, now: float) -> set[str] | None:
+        """Whether to look for others now; gives those to speak of. Pauses grow as long as nothing new happens."""
+        lost = self.newly_lost
+        is_news = bool(lost) or (self.alone and not self._said_alone)
+        if not is_news and not self.alone and not self.wanted:
+            self._pause, self._search_next = FIRST_PAUSE, now + FIRST_PAUSE
+            return None
+        if now < (self._searched + FIRST_PAUSE if is_news else self._search_next):
+            return None
+        self._searched, self._search_next = now, now + (FIRST_PAUSE if is_news else self._pause)
+        self._pause = min(2 * (FIRST_PAUSE if is_news else self._pause), LONGEST_PAUSE)
+        self._said_alone = self.alone
+        self.lost += sorted(lost)
+        for forgotten in self.lost[:-MAX_SEARCHED]:
+            del self._missed[forgotten]
+        self.lost = self.lost[-MAX_SEARCHED:]
+        return lost
+
+
+class Lookout(threading.Thread):
+    """Watches, in the background until `stop`, whether this peer still sees those that it has seen before.
+
+    Every peer keeps a signed record of its addresses in the DHT, and takes it back when it leaves. If the connection to
+    a part of the swarm breaks for a while, the DHT forgets those peers for good (a node that does not answer is
+    removed from the routing table, dht/protocol.py): afterwards two swarms train, and each believes to be complete. So
+    every peer remembers the others with their addresses, and dials those that vanished without a goodbye.
+
+    :param swarm_id: name under which the peers of this run find each other.
+    :param lifetime: seconds for which a record counts.
+    """
+
+    def __init__(self, peer: Peer, swarm_id: str, lifetime: float) -> None:
+        super().__init__(name="lookout", daemon=True)
+        self.peer, self.lifetime = peer, lifetime
+        self.failures = 0
+        """Turns that failed, for example because the DHT did not answer in time."""
+        self._key = f"{swarm_id}_addresses"
+        self._given: dict[str, list[str]] = {}  # on the command line; a peer may not know its own forwarded port
+        for address in peer.initial_peers:
+            self._given.setdefault(peer_id_in(address), []).append(address)
+        self._announced: dict[str, list[str]] = {}
+        self._sightings = Sightings(self._given.keys(), time.monotonic())
+        self._reason = ""
+        self._stopped = threading.Event()
+        self.start()
+
+    def after_round(self, report: RoundReport) -> None:
+        """Tell it how a global step went; returns at once."""
+        self._reason = report.reason
+        self._sightings.after_round(report)
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Say goodbye: nobody looks for this peer from now on. Takes twice `timeout` seconds at most."""
+        self._stopped.set()
+        self.join(timeout)
+        with contextlib.suppress(TimeoutError):
+            self._publish(None).result(timeout)
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._take_a_turn()
+            except Exception as error:  # noqa: BLE001 - training must outlive whatever one turn brings
+                self.failures += 1
+                if self.failures == 1 and not self._stopped.is_set():
+                    logger.warning("Looking out for the other peers failed, and goes on: %r", error)
+            self._stopped.wait(self.lifetime / LOOKS_PER_LIFETIME)
+
+    def _take_a_turn(self) -> None:
+        sightings = self._sightings
+        self._publish([] if self.peer.client_mode else self.peer.addresses())
+        back = self._look()
+        if back:
+            logger.warning("In sight again: %s. %s", _names(back), TOGETHER)
+        lost = sightings.begin_search(time.monotonic())
+        if lost is None or self._stopped.is_set():
+            return
+        alone, wanted = sightings.alone, sightings.wanted
+        if alone:
+            wanted += sorted(sightings.known - set(wanted))
+        if lost:
+            logger.warning(lost_sight_message(lost, len(sightings.in_sight), self.lifetime))
+        if alone:
+            message = alone_message(
+                sightings.rounds_alone, sightings.others_expected, self._reason, self.peer.client_mode
+            )
+            logger.warning(message)
+        searched = {
+            peer: [*self._given.get(peer, []), *self._announced.get(peer, [])] for peer in wanted[:MAX_SEARCHED]
+        }
+        answered = self.peer.rejoin(searched)
+        back = self._look() if answered else set()
+        level = logging.WARNING if lost or alone or back else logging.DEBUG
+        logger.log(level, search_message(len(searched), answered, back, lost - back - answered))
+
+    def _publish(self, addresses: list[str] | None) -> MPFuture:
+        return self.peer.dht.store(
+            self._key,
+            subkey=self.peer.signature_key,
+            value=addresses,
+            expiration_time=get_dht_time() + self.lifetime,
+            return_future=True,
+        )
+
+    def _look(self) -> set[str]:
+        """See who lives, and remember the addresses; gives those that were lost and are back."""
+        records = addresses_in(self.peer.dht.get(self._key, latest=True, return_future=True).result(LOOK_SECONDS))
+        records.pop(self.peer.peer_id, None)
+        living = {peer: addresses for peer, addresses in records.items() if addresses is not None}
+        back = self._sightings.look(living.keys(), records.keys() - living.keys())
+        known = self._sightings.known
+        self._announced = {peer: addresses for peer, addresses in (self._announced | living).items() if peer in known}
+        return back
+
+
+def addresses_in(answer: ValueWithExpiration | None) -> dict[str, list[str] | None]:
+    """What peers say of themselves, by peer id: where they can be dialed, or None for those that have said goodbye.
+
+    Only what a peer has signed counts, and only addresses of its own.
+    """
+    records: Mapping[Any, Any] = answer.value if answer is not None and isinstance(answer.value, dict) else {}
+    found: dict[str, list[str] | None] = {}
+    for key, entry in records.items():
+        try:
+            peer = peer_id_of_key(key)
+        except (ValueError, TypeError):
+            continue
+        if entry.value is None:
+            found[peer] = None
+        elif isinstance(entry.value, list):
+            found[peer] = [address for address in entry.value[:MAX_ADDRESSES] if _leads_to(peer, address)]
+    return found
+
+
+def _leads_to(peer: str, address: object) -> bool:
+    try:
+        return isinstance(address, str) and len(address) <= MAX_ADDRESS_LENGTH and peer_id_in(address) == peer
+    except Exception:  # noqa: BLE001 - a stranger's text; the parser raises many kinds of errors
+        return False
+
+
+# ---- what a person reads -----------------------------------------------------------------------------------------
+
+TOGETHER = "From here on all of them train together; those who are behind take over the newer state."
+
+
+def lost_sight_message(lost: Collection[str], in_sight: int, lifetime: float) -> str:
+    """Peers have vanished without a goodbye."""
+    if in_sight:
+        meaning = "Their computers are off, or the swarm has fallen apart and each part trains a model of its own."
+    else:
+        meaning = "All of them are off, or this computer has lost its network and trains alone."
+    return (
+        f"LOST SIGHT of {len(lost)} of {len(lost) + in_sight} other peers: {_names(lost)}. No sign of life for more "
+        f"than {lifetime:.0f} seconds, and no goodbye. {meaning} Looking for them ..."
+    )
+
+
+def alone_message(rounds: int, others: int, reason: str, client_mode: bool) -> str:
+    """Others were expected in the latest rounds, and none of them was reached."""
+    if client_mode:
+        advice = "no peer that accepts connections may be left; ask the organizer whether the auxiliary peer is up"
+    else:
+        advice = "a firewall may keep them out; if this goes on, start again with --client_mode"
+    expected = "another peer was" if others == 1 else f"{others} other peers were"
+    return (
+        f"ALONE for {rounds} global steps in a row although {expected} expected: what this computer gives does not "
+        f"reach the common model{f' ({reason})' if reason else ''}. If the others are not simply gone, {advice}. "
+        f"Connecting anew to everybody it knows ..."
+    )
+
+
+def search_message(searched: int, answered: Collection[str], back: Collection[str], silent: Collection[str]) -> str:
+    """What came of looking for `searched` peers.
+
+    :param back: those that were lost and are in sight again.
+    :param silent: those that have just been lost, and do not answer.
+    """
+    message = f"{len(answered)} of {searched} peers answered."
+    if back:
+        message += f" In sight again: {_names(back)}. {TOGETHER}"
+    if silent:
+        message += f" No answer from {_names(silent)}: probably gone. They are looked for now and then, without a word."
+    if not answered:
+        message += " If you know that others train, check this computer's network, or join again with a new address."
+    return message
+
+
+def _names(peers: Collection[str]) -> str:
+    """Peers as they are named everywhere: by the last six characters of their ids."""
+    shown = sorted(peer[-6:] for peer in peers)
+    rest = len(shown) - SHOWN_PEERS
+    return ", ".join(shown[:SHOWN_PEERS]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,91 @@
+"""When a peer concludes that its model is another one than the others'."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import collab.watch
+from collab.watch import ModelWatch
+
+GOOD, BAD = [1.0] * 16, [2.0] * 16
+
+
+class Swarm:
+    """What the DHT would answer."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def says(self, **steps: tuple[int, list[float]]) -> None:
+        self.records = [
+            SimpleNamespace(peer_id=name, step=step, sketch=sketch) for name, (step, sketch) in steps.items()
+        ]
+
+    def ask(self, *_: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        answer.set_result(self.records)
+        return answer
+
+
+@pytest.fixture
+def swarm(monkeypatch: pytest.MonkeyPatch) -> Swarm:
+    swarm = Swarm()
+    monkeypatch.setattr(collab.watch, "ask_for_records", swarm.ask)
+    monkeypatch.setattr(collab.watch, "records_in", lambda records: records)
+    return swarm
+
+
+def watch(settle_steps: int = 10) -> ModelWatch:
+    return ModelWatch(SimpleNamespace(peer_id="me"), "run", settle_steps)  # type: ignore[arg-type]
+
+
+def test_a_model_like_the_others_is_no_stray(swarm: Swarm) -> None:
+    mine = watch()
+    for step in range(1, 10):
+        swarm.says(a=(step, GOOD), b=(step, GOOD))
+        assert not mine.has_strayed(step, GOOD)
+    assert mine.doubtful == set()
+
+
+def test_two_comparisons_in_a_row_are_needed(swarm: Swarm) -> None:
+    mine, verdicts = watch(), []
+    for step in range(1, 6):
+        swarm.says(a=(step, GOOD), b=(step, GOOD))
+        verdicts.append(mine.has_strayed(step, BAD))
+    assert verdicts == [False, False, True, True, True]  # what was asked in one step is read in the next
+
+
+def test_only_sketches_of_the_same_step_are_compared(swarm: Swarm) -> None:
+    """The others move on while this peer still reports, and every step changes the model."""
+    mine = watch()
+    for step in range(1, 8):
+        swarm.says(a=(step - 1, [step - 1.0] * 16), b=(step - 1, [step - 1.0] * 16))
+        assert not mine.has_strayed(step, [float(step)] * 16)
+
+
+def test_the_stray_is_another_one(swarm: Swarm) -> None:
+    mine = watch()
+    for step in range(1, 5):
+        swarm.says(a=(step, GOOD), b=(step, BAD))
+        assert not mine.has_strayed(step, GOOD)
+    assert mine.doubtful == {"b"}
+
+
+def test_who_has_taken_over_a_state_is_left_alone_for_a_while(swarm: Swarm) -> None:
+    mine = watch(settle_steps=10)
+    mine.start_over(step=5)
+    verdicts = {}
+    for step in range(6, 20):
+        swarm.says(a=(step, GOOD), b=(step, GOOD))
+        verdicts[step] = mine.has_strayed(step, BAD)
+    assert not any(verdicts[step] for step in range(6, 17)) and verdicts[18]
+
+
+def test_a_dht_that_does_not_answer_is_no_verdict(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: Future[Any] = Future()
+    lost.set_exception(ConnectionError("no route"))
+    monkeypatch.setattr(collab.watch, "ask_for_records", lambda *_: lost)
+    mine = watch()
+    assert not any(mine.has_strayed(step, BAD) for step in range(1, 6))

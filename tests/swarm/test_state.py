@@ -1,0 +1,38 @@
+"""The common state: who has another one takes it over, and it outlives the trainers."""
+
+import re
+
+import pytest
+
+from collab.trackers import read_history
+from tests.swarm.conftest import Swarm
+
+pytestmark = pytest.mark.swarm
+
+
+def test_a_peer_whose_model_strays_takes_over_that_of_the_others(swarm: Swarm) -> None:
+    # Without averaging of parameters, which would spread the fault to all.
+    config = swarm.configure(max_global_steps=16, target_batch_size=3072, average_state_every=1000)
+    auxiliary, address = swarm.start_auxiliary(config)
+    healthy = [swarm.start_trainer(name, address) for name in ("one", "two")]
+    odd = swarm.start_trainer("odd", address, program="tests/swarm/trainer_that_strays.py")
+    programs = (*healthy, odd, auxiliary)
+    assert [program.wait(150) for program in programs] == [0] * 4, odd.output()
+    assert "this peer's model is another one than most have" in odd.output()
+    for program in healthy:
+        assert "another one than most have" not in program.output()
+    spread = [entry["model_spread"] for entry in read_history(swarm.folder / "run" / "metrics.jsonl")]
+    assert max(spread) > 0.1, "the fault did not show"
+    assert spread[-1] < 0.01, spread
+
+
+def test_the_next_trainer_goes_on_where_all_others_have_left(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=7, save_every=2))
+    first = swarm.start_trainer("first", address)
+    auxiliary.wait_for_output("Saved the state of global step")
+    first.interrupt()
+    assert first.wait() == 0, first.output()
+    saved = int(re.findall(r"Saved the state of global step (\d+)", auxiliary.output())[-1])
+    second = swarm.start_trainer("second", address)
+    assert [second.wait(120), auxiliary.wait(60)] == [0, 0], second.output()
+    assert f"Starting from global step {saved}\n" in second.output(), second.output()
