@@ -165,9 +165,11 @@ def main() -> None:
                 console.line(record.as_line(last_step))
                 lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
-                # With delayed steps, peers publish the weights at different moments.
-                if not settings["delay_optimizer_step"] and watch.has_strayed(step, record.sketch):
-                    optimizer.reload("this peer's model is another one than most have", watch.doubtful)
+                if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
+                    strayed = watch.has_strayed(step, record.sketch)
+                    optimizer.state_averager.doubtful = watch.doubtful
+                    if strayed:
+                        optimizer.reload("this peer's model is another one than most have")
 
             # ---- leave
             if step >= last_step:

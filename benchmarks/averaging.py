@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.regression_peer import SETTINGS, loss_of, make_model, plain_optimizer
+from benchmarks.regression_peer import run_plain_loop
 from benchmarks.report import Report, run_benchmark
 from collab.agreement import spread
 from collab.codecs import CODECS, INT8_FROM_VALUES
@@ -143,10 +143,12 @@ def run_peers(
     width: int = WIDTH,
     batch: int = BATCH,
     pace: float = PACE,
+    plain: float = 0,
     **settings: Any,
 ) -> list[PeerRun]:
     """Let peers train together for `steps` global steps, all from the same moment. The first has to be a trainer.
 
+    :param plain: seconds of a plain loop that each peer runs before and after.
     :raises RuntimeError: a peer failed, or the swarm took several times as long as it should; with the peer's output.
     """
     print(f"{describe(roles)}: {steps} global steps ...", file=sys.stderr, flush=True)
@@ -154,6 +156,7 @@ def run_peers(
         folder = Path(scratch)
         settings |= {"target_batch_size": target_batch_size, "max_global_steps": max(100, steps)}
         options = ["--steps", str(steps), "--width", str(width), "--sizes", str(batch), "--pace", str(pace)]
+        options += ["--plain", str(plain)]
         options += ["--settings", json.dumps(settings)]
 
         processes: list[subprocess.Popen[bytes]] = []
@@ -261,38 +264,11 @@ def add_codec_rows(report: Report, codec: str, runs: Sequence[PeerRun]) -> None:
     )
 
 
-@dataclass(frozen=True)
-class PlainRun:
-    """A plain PyTorch loop over micro-batches."""
-
-    turns: int
-    cpu_seconds: float
-    wall_seconds: float
-
-
-def run_plain_loop(seconds: float, turns_a_step: int) -> PlainRun:
-    """The busy peer's training in plain PyTorch, in this process: accumulate, clip, AdamW, schedule."""
-    torch.set_num_threads(1)
-    model = make_model(BUSY_WIDTH)
-    optimizer, schedule = plain_optimizer(model)
-    turns, began, cpu_before = 0, time.monotonic(), time.process_time()
-    while time.monotonic() < began + seconds:
-        (loss_of(model, turns, BUSY_BATCH) / turns_a_step).backward()
-        turns += 1
-        if turns % turns_a_step == 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["max_grad_norm"])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return PlainRun(turns, time.process_time() - cpu_before, time.monotonic() - began)
-
-
-def add_cost_rows(
-    report: Report, name: str, logs: Sequence[Mapping[str, Any]], plain: Sequence[PlainRun], bar: float | None
-) -> None:
+def add_cost_rows(report: Report, name: str, logs: Sequence[Mapping[str, Any]], bar: float | None) -> None:
     """CPU time of all of the peers' processes to that of plain loops, for the same number of micro-batches."""
     turns = sum(log["turns"] for log in logs)
-    per_turn = sum(run.cpu_seconds for run in plain) / sum(run.turns for run in plain)
+    plain = [run for log in logs for run in log["plain"]]
+    per_turn = sum(run["cpu_seconds"] for run in plain) / sum(run["turns"] for run in plain)
     whole = sum(log["cpu_seconds"] for log in logs) / (turns * per_turn)
     if bar is None:
         report.figure(f"{name}: CPU to the plain loop", whole, "x")
@@ -303,29 +279,29 @@ def add_cost_rows(
         if share >= LEAST_SHARE:
             report.figure(f"{name}: of this, {process}", share, "x")
     report.figure(f"{name}: plain loop, CPU of a micro-batch", per_turn * 1000, "ms")
-    per_turns = [run.cpu_seconds / run.turns for run in plain]
-    report.figure(f"{name}: plain loop after to before", per_turns[-1] / per_turns[0], "x")
+    per_turns = [run["cpu_seconds"] / run["turns"] for run in plain]
+    report.figure(f"{name}: plain loops, slowest to fastest", max(per_turns) / min(per_turns), "x")
     steps = max(1, sum(len(log["reports"]) for log in logs))
     report.figure(f"{name}: global step, mean", sum(log["wall_seconds"] for log in logs) / steps, "s")
     report.figure(f"{name}: micro-batches of a peer in a step", turns / steps, "")
 
 
 def measure_cost(report: Report, roles: Sequence[str], every: int, bar: float | None) -> None:
-    """Busy peers with a global step about every `every` seconds, between two halves of a plain loop.
+    """Busy peers with a global step about every `every` seconds, each between two plain loops in its own process.
 
-    Whatever else the machine does changes the time of a micro-batch; loops before and after tell by how much.
+    The same loop takes a few percent more or less in another process, and whatever else the machine does changes it:
+    the loops before and after tell by how much.
     """
-    print(f"plain loop, then {describe(roles)} at a step every {every} s ...", file=sys.stderr, flush=True)
-    run_plain_loop(1.0, 100)  # the first micro-batches of a process are slower
-    first = run_plain_loop(PLAIN_SECONDS, 100)
+    print(f"{describe(roles)} at a step every {every} s, and plain loops ...", file=sys.stderr, flush=True)
+    run_plain_loop(1.0, 100, BUSY_WIDTH, BUSY_BATCH)  # the first micro-batches of a process are slower
+    trial = run_plain_loop(3.0, 100, BUSY_WIDTH, BUSY_BATCH)
     # By CPU time: by the clock, a loop that others disturbed would make the steps of undisturbed peers too short.
-    turns_a_step = max(1, round(every * first.turns / first.cpu_seconds))
+    turns_a_step = max(1, round(every * trial.turns / trial.cpu_seconds))
     runs = run_peers(
         roles, STEPS_OF_COST[every], target_batch_size=len(roles) * turns_a_step * BUSY_BATCH, step_seconds=every,
-        width=BUSY_WIDTH, batch=BUSY_BATCH, pace=0.0,
+        width=BUSY_WIDTH, batch=BUSY_BATCH, pace=0.0, plain=PLAIN_SECONDS,
     )  # fmt: skip
-    second = run_plain_loop(PLAIN_SECONDS, turns_a_step)
-    add_cost_rows(report, f"{describe(roles)}, step every {every} s", [r.log for r in runs], [first, second], bar)
+    add_cost_rows(report, f"{describe(roles)}, step every {every} s", [r.log for r in runs], bar)
 
 
 def say_what_was_missed(runs: Sequence[PeerRun]) -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,31 @@ def loss_of(model: torch.nn.Module, seed: int, size: int) -> torch.Tensor:
     return torch.nn.functional.mse_loss(model(inputs), targets)
 
 
+@dataclass(frozen=True)
+class PlainRun:
+    """A plain PyTorch loop over micro-batches."""
+
+    turns: int
+    cpu_seconds: float
+
+
+def run_plain_loop(seconds: float, turns_a_step: int, width: int, batch: int) -> PlainRun:
+    """A peer's training in plain PyTorch, in this thread: accumulate, clip, AdamW, schedule."""
+    torch.set_num_threads(1)
+    model = make_model(width)
+    optimizer, schedule = plain_optimizer(model)
+    turns, began, cpu_before = 0, time.monotonic(), time.thread_time()
+    while time.monotonic() < began + seconds:
+        (loss_of(model, turns, batch) / turns_a_step).backward()
+        turns += 1
+        if turns % turns_a_step == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return PlainRun(turns, time.thread_time() - cpu_before)
+
+
 def cpu_by_process() -> dict[str, float]:
     """CPU seconds of this process and everything it started, so far."""
     me = psutil.Process()
@@ -103,6 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--role", choices=["trainer", "client", "auxiliary"], default="trainer")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--pace", type=float, default=0.03, help="seconds that a micro-batch takes at least")
+    parser.add_argument("--plain", type=float, default=0, help="seconds of a plain loop, before and after the training")
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--initial_peers", nargs="*", default=[])
     return parser.parse_args()
@@ -112,6 +138,11 @@ def main() -> None:
     options = parse()
     folder, number, settings = options.folder, options.number, SETTINGS | options.settings
     torch.set_num_threads(1)
+    turns_a_step = max(1, settings["target_batch_size"] // options.sizes[0])
+    plain = []
+    if options.plain:
+        run_plain_loop(1.0, turns_a_step, options.width, options.sizes[0])  # the first micro-batches are slower
+        plain.append(run_plain_loop(options.plain, turns_a_step, options.width, options.sizes[0]))
     guard_children()
     stop = StopSignal()
     peer = Peer(
@@ -166,13 +197,17 @@ def main() -> None:
                     del by_step[step]  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
         cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
+        wall = time.monotonic() - began
+        if options.plain:
+            plain.append(run_plain_loop(options.plain, turns_a_step, options.width, options.sizes[0]))
         log = {
+            "plain": [asdict(run) for run in plain],
             "by_step": by_step,
             "reports": reports,
             "sketches": sketches,
             "cpu_seconds": sum(cpu.values()),
             "cpu_by_process": cpu,
-            "wall_seconds": time.monotonic() - began,
+            "wall_seconds": wall,
             "turns": turn,
             "assisted": assistant.rounds if assistant else 0,
         }

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -210,7 +210,7 @@ class SwarmOptimizer(hivemind.Optimizer):
     def __init__(self, *, guard: StepGuard, quorum: float, failed_round: str, **kwargs: Any) -> None:
         self.guard, self.quorum, self.failed_round = guard, quorum, failed_round
         self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
-        self._must_reload = False
+        self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
         super().__init__(**kwargs)
 
@@ -282,8 +282,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         control, give_up = maybe_step_control, time.monotonic() + self.averaging_timeout
         tally, failure = self._finish(control)
         # Once given up, the missing peers are not waited for so long again until somebody was met.
-        gave_up_before = self.last_round is not None and bool(self.last_round.reason)
-        while failure is not None and self.failed_round == "retry" and not self.auxiliary and not gave_up_before:
+        while failure is not None and self.failed_round == "retry" and not self.auxiliary and not self._gave_up:
             self._look_who_is_there()
             left = give_up - time.monotonic()
             if isinstance(failure, LeftBehind) or self._expected == 1 or left < 2 * self.matchmaking_time:
@@ -291,6 +290,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             logger.info("Round %d: %s; trying again", self._round_step, failure)
             control = self.grad_averager.retry(weight=self._round_samples, timeout=left)
             tally, failure = self._finish(control)
+        self._gave_up = failure is not None and not isinstance(failure, LeftBehind)
         if failure is None:
             self._load_averaged_gradients_into_optimizer_()
             self._report(tally, "")
@@ -330,14 +330,13 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.tracker.global_progress = progress
         self._expected = max(1, progress.num_peers)
 
-    def reload(self, why: str, doubtful: Collection[str] = ()) -> None:
+    def reload(self, why: str) -> None:
         """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before.
 
         :param why: for the console.
-        :param doubtful: ids of peers whose state is not to be taken.
         """
         logger.warning("Taking over the state of the others: %s", why)
-        self._must_reload, self.state_averager.doubtful = True, frozenset(doubtful)
+        self._must_reload = True
         if not self.client_mode:
             self.state_averager.allow_state_sharing = False
 
@@ -373,14 +372,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._abandon_scheduled_round()
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
-            loaded = False
+            loaded = 0
             for attempt in range(LOAD_STATE_ATTEMPTS):
                 if attempt:
                     time.sleep(LOAD_STATE_PAUSE)  # donors may be about to finish the step that this peer has reached
-                loaded = self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs) or loaded
+                loaded += self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
                 self._look_who_is_there()
                 behind = self.tracker.global_epoch - self.local_epoch
-                if (loaded and behind <= 1) or (behind <= 0 and not self._must_reload):
+                if (loaded and behind <= 1) or loaded == 2 or (behind <= 0 and not self._must_reload):
                     break
             else:
                 if not loaded:
@@ -400,9 +399,9 @@ class SwarmOptimizer(hivemind.Optimizer):
                 self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
         self._must_reload = False
-        self.states_loaded += loaded
+        self.states_loaded += bool(loaded)
         self.share_state_memory()
-        return loaded
+        return bool(loaded)
 
     def _abandon_scheduled_round(self) -> None:
         scheduled, self.scheduled_grads = self.scheduled_grads, None

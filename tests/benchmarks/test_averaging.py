@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.averaging import (
     PeerRun,
-    PlainRun,
     add_codec_rows,
     add_cost_rows,
     add_wire_rows,
@@ -127,13 +126,13 @@ def test_cost_is_of_all_processes_for_the_same_micro_batches() -> None:
     log = {
         "turns": 100, "cpu_seconds": 6.0, "cpu_by_process": {"trainer": 5.0, "p2pd": 1.0, "samiti-watcher": 0.0},
         "wall_seconds": 6.0, "reports": [{}, {}],
+        "plain": [{"turns": 50, "cpu_seconds": 2.0}, {"turns": 50, "cpu_seconds": 3.0}],
     }  # fmt: skip
-    plain = [PlainRun(50, 2.0, 2.0), PlainRun(50, 3.0, 3.0)]
-    add_cost_rows(report, "one", [log, log], plain, bar=1.1)
+    add_cost_rows(report, "one", [log, log], bar=1.1)
     values = {row.name.removeprefix("one: "): row.value for row in report.rows}
     assert values["CPU to the plain loop"] == pytest.approx(1.2) and not report.rows[0].ok
     assert values["of this, p2pd"] == pytest.approx(0.2)
     assert "of this, samiti-watcher" not in values
-    assert values["plain loop after to before"] == pytest.approx(1.5)
+    assert values["plain loops, slowest to fastest"] == pytest.approx(1.5)
     assert values["global step, mean"] == pytest.approx(3.0)
     assert values["micro-batches of a peer in a step"] == 50
