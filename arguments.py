@@ -171,6 +171,9 @@ class SwarmArguments:
         5,
         "Average the parameters every this many global steps; it removes the drift that lost rounds and codecs leave.",
     )
+    min_vector_size: int = option(
+        0, "Values that a peer averages at least, if any. Raise it (to 100000) if very slow links hold up the rounds."
+    )
     quorum: float = option(0.5, "A round counts only if it met more than this share of the live peers, or all of them.")
     failed_round: Literal["retry", "local", "skip"] = option(
         "retry",
@@ -191,6 +194,7 @@ class SwarmArguments:
             "averaging_timeout", self.averaging_timeout, f"longer than matchmaking_time ({self.matchmaking_time} s)",
         )  # fmt: skip
         require(self.metadata_expiration >= 10, "metadata_expiration", self.metadata_expiration, "at least 10 seconds")
+        require(self.min_vector_size >= 0, "min_vector_size", self.min_vector_size, "0 or more")
         require(0 <= self.quorum <= 1, "quorum", self.quorum, "a share from 0 to 1")
         require(self.average_state_every >= 1, "average_state_every", self.average_state_every, "at least 1")
         require(
@@ -223,6 +227,11 @@ class PeerArguments:
     )
     startup_timeout: float = option(60.0, "Seconds that the network may take to start and to reach the first peer.")
     cache_dir: str = option("~/.cache/samiti", "Folder for the run's files and for prepared text.")
+    resume_from: str | None = option(
+        None,
+        "Checkpoint to start from if no peer can hand out a newer state: a folder, or ORG/NAME on the Hugging Face Hub "
+        "(ORG/NAME@REVISION for another than the latest).",
+    )
 
     def __post_init__(self) -> None:
         self.cache_dir = str(Path(self.cache_dir).expanduser())
@@ -231,7 +240,8 @@ class PeerArguments:
 
     def peer_options(self) -> dict[str, Any]:
         """The arguments of `collab.peer.Peer`."""
-        return {key: value for key, value in asdict(self).items() if key not in ("bandwidth", "cache_dir")}
+        others = ("bandwidth", "cache_dir", "resume_from")
+        return {key: value for key, value in asdict(self).items() if key not in others}
 
 
 @dataclass
@@ -270,7 +280,6 @@ class AuxArguments:
     repo_id: str | None = option(None, "ORG/NAME on the Hugging Face Hub that checkpoints are uploaded to.")
     license: str = option("apache-2.0", "Licence of the trained model, for its card.")
     language: list[str] = option(["en"], "Language codes of the trained model, for its card.")
-    resume_from: str | None = option(None, "Checkpoint folder that a new swarm starts from.")
 
     def __post_init__(self) -> None:
         for name in self.report_to:

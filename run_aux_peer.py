@@ -15,7 +15,7 @@ from typing import Any
 
 from arguments import AGREED, AuxArguments, PeerArguments, agreed_settings, parse, pick, refuse_contradictions
 from collab.assistant import Assistant
-from collab.checkpoint import load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
 from collab.files import write_text
 from collab.lookout import Lookout
@@ -73,7 +73,7 @@ def main() -> None:
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
         task = find_task(settings["task"])(settings, folder, cache_dir)
-        resumed = load_checkpoint(Path(mine.resume_from)) if mine.resume_from else None
+        resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
         if resumed:
             load_weights_into(task.model, resumed.folder)
         optimizer = make_optimizer(

@@ -21,7 +21,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.agreement import sketch
-from collab.checkpoint import save_checkpoint
+from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, show_log
 from collab.device import pick_device, pick_precision
 from collab.errors import UserError
@@ -83,6 +83,9 @@ def main() -> None:
 
         # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
         task = find_task(settings["task"])(settings, folder, cache_dir)
+        resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
+        if resumed:
+            load_weights_into(task.model, resumed.folder)
         task.model.to(device).train()
         optimizer = make_optimizer(
             peer,
@@ -100,8 +103,11 @@ def main() -> None:
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
+            if resumed:
+                optimizer.load_state_dict(resumed.optimizer_state)
             if network.initial_peers:
                 optimizer.load_state_from_peers()
+            if resumed or network.initial_peers:
                 console.line(f"Starting from global step {optimizer.local_epoch}")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])

@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "grad_compression": "none",
     "state_compression": "none",
     "average_state_every": 1000,
+    "min_vector_size": 0,
     "quorum": 0.5,
     "failed_round": "retry",
     "delay_optimizer_step": False,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,7 @@ from collab.files import replacing_folder
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 OPTIMIZER_TENSORS, OPTIMIZER_STRUCTURE = "optimizer.safetensors", "optimizer.json"
 TRAINER_STATE = "trainer_state.json"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = 1  # raise it when an older Samiti could misread what a newer one writes
 
 # Two models may differ in these settings and still be the same function of the same weights.
@@ -68,6 +70,28 @@ def save_checkpoint(
         state = {**trainer_state, "format": FORMAT}
         (scratch / TRAINER_STATE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
         (scratch / CARD).write_text(model_card, encoding="utf-8")
+
+
+def find_checkpoint(name: str, cache_dir: Path) -> Path:
+    """The folder of a checkpoint, which is downloaded if need be.
+
+    :param name: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub.
+    :param cache_dir: where downloads are kept; what lies there already is not downloaded again.
+    :raises UserError: it is neither.
+    """
+    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+        return Path(name)
+    repo_id, _, revision = name.partition("@")
+    try:
+        files = ["*.json", "*.safetensors"]
+        return Path(
+            snapshot_download(repo_id, revision=revision or None, cache_dir=cache_dir / "hub", allow_patterns=files)
+        )
+    except Exception as error:
+        raise UserError(
+            f"There is no folder {name} here, and it could not be downloaded from the Hugging Face Hub either: {error} "
+            f"Give the folder of a checkpoint, or ORG/NAME of a repository that has one."
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -206,6 +206,7 @@ class SwarmOptimizer(hivemind.Optimizer):
     """The verdict on the latest round. With delayed averaging it is the previous step's when a step is made."""
     states_loaded = 0
     """How often this peer took over the state of another one."""
+    _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
     def __init__(self, *, guard: StepGuard, quorum: float, failed_round: str, **kwargs: Any) -> None:
         self.guard, self.quorum, self.failed_round = guard, quorum, failed_round
@@ -263,6 +264,8 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
+        if self.tracker.global_progress.num_peers <= 1:
+            self._look_who_is_there()  # who came since the tracker looked last would be left behind
         self._expected = max(1, self.tracker.global_progress.num_peers)
         self._round_samples = self.grad_averager.local_samples_accumulated
         scheduled = self.scheduled_grads
@@ -384,7 +387,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             else:
                 if not loaded:
                     logger.warning("No peer could hand out its state in %d attempts", LOAD_STATE_ATTEMPTS)
-            if loaded and behind > 0 and not self.auxiliary:
+            if (loaded or self._has_checkpoint) and behind > 0 and not self.auxiliary:
                 # It would never catch up if the swarm is faster than its downloads, or only a checkpoint is to be had.
                 # One behind is normal: what the donor's peers are about to finish is not what they average next.
                 if behind > 1:
@@ -416,8 +419,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         """Take over the optimizer's state and the global step from a checkpoint."""
         super().load_state_dict(state_dict)
         self.state_averager._update_scheduler()
+        self._has_checkpoint = True
         if self.auxiliary:
             self.state_averager.hold_state()
+        elif not self.client_mode:
+            self.state_averager.state_sharing_priority = self.local_epoch
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
 
@@ -512,6 +518,7 @@ def make_optimizer(
     averager_options: dict[str, Any] = dict(
         bandwidth=bandwidth,
         request_timeout=_request_timeout(settings["matchmaking_time"]),
+        min_vector_size=settings["min_vector_size"],
         progress_key=f"{swarm_id}_progress",
     )
     swarm_optimizer = SwarmOptimizer(

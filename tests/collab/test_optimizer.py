@@ -372,6 +372,16 @@ def test_a_round_begins_although_the_early_search_for_peers_failed(cls, begins) 
     assert bool(averager.step.number) is begins
 
 
+def test_who_came_while_a_lone_peer_gathered_its_samples_is_met() -> None:
+    averager = SimpleNamespace(step=Calls("the round"), local_samples_accumulated=8)
+    tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=1))
+    optimizer = bare(
+        SwarmOptimizer, state_averager=SimpleNamespace(local_epoch=4), grad_averager=averager, tracker=tracker
+    )
+    optimizer._look_who_is_there = lambda: setattr(tracker.global_progress, "num_peers", 2)
+    assert optimizer._begin_averaging_gradients(None) and averager.step.number == 1
+
+
 @pytest.mark.parametrize(("cls", "looks"), [(hivemind.Optimizer, 1), (SwarmOptimizer, 0)])
 def test_a_peer_that_is_alone_looks_for_nobody(cls, looks) -> None:
     averager = SimpleNamespace(schedule_step=Calls(), matchmaking_kwargs={"min_matchmaking_time": 1.0})
@@ -443,3 +453,9 @@ def test_leaving_waits_for_no_round_that_is_pending(cls) -> None:
     waited, cancelled = pending.result.number, pending.cancel.number
     assert (waited, cancelled) == ((0, 1) if cls is SwarmOptimizer else (1, 0))
     assert averager.shutdown.number == 2
+
+
+def test_options_of_averaging_reach_both_averagers(build):
+    optimizer = build(one_group(1.0), min_vector_size=1000)
+    assert optimizer.averager_opts["min_vector_size"] == 1000
+    assert optimizer.grad_averager_factory.keywords["min_vector_size"] == 1000

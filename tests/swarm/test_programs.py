@@ -106,6 +106,16 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
         assert [program.wait(90) for program in (*trainers, auxiliary)] == [0, 0, 0], auxiliary.output()
         assert "(float16)" in trainers[1].output() and "NOT averaged" not in trainers[1].output()
         assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repos["community/test"].tree("step-3"))
+
+        # Without an auxiliary peer, the published checkpoint is what a trainer can go on from.
+        config = swarm.configure(max_global_steps=4, averaging_timeout=5)
+        resume = ("run_trainer.py", "--config", str(config), "--resume_from")
+        heir = swarm.start("heir", *resume, "community/test@step-3")
+        assert heir.wait(60) == 0, heir.output()
+        assert "Starting from global step 3" in heir.output() and "step 4/4" in heir.output()
+        stranger = swarm.start("stranger", *resume, "community/none")
+        assert stranger.wait(60) == 1, stranger.output()
+        assert "There is no folder community/none here" in stranger.output() and "Traceback" not in stranger.output()
     assert list((swarm.folder / "run").glob("wandb/offline-run-*/*.wandb"))
     assert list((swarm.folder / "run" / "trackio").glob("*.db"))
     assert hub.token not in auxiliary.output()
