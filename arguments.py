@@ -64,6 +64,9 @@ class RunArguments:
     task: str = option("mlm", "What is trained: the name of a folder under tasks/.")
     seed: int = option(0, "Seed of the first weights, the order of the data and the masks.")
     max_global_steps: int = option(125_000, "The run ends after this many global steps; the schedule ends there too.")
+    precisions: list[str] = option(
+        ["float32", "bfloat16", "float16"], "Precisions that volunteers may compute in; gradients travel in float32."
+    )
 
     def __post_init__(self) -> None:
         allowed = self.run_id.replace("-", "").replace("_", "")
@@ -71,6 +74,8 @@ class RunArguments:
             allowed.isascii() and allowed.isalnum(), "run_id", self.run_id, "a name of letters, digits, '-' and '_'"
         )
         require(self.max_global_steps > 0, "max_global_steps", self.max_global_steps, "at least 1")
+        some = bool(self.precisions) and set(self.precisions) <= {"float32", "bfloat16", "float16"}
+        require(some, "precisions", self.precisions, "a list of float32, bfloat16 and float16")
 
 
 @dataclass
@@ -215,6 +220,11 @@ class PeerArguments:
     initial_peers: list[str] = option(
         [], "Addresses of one or more peers of the swarm, as the auxiliary peer prints them. None: start a new swarm."
     )
+    organizer: str | None = option(
+        None,
+        "Peer id of the run's organizer, whose signature the run's settings need. It is part of the organizer's "
+        "address; give it if you join through somebody else.",
+    )
     host_maddrs: list[str] = option(["/ip4/0.0.0.0/tcp/0"], "Addresses to listen on; port 0 takes any free port.")
     announce_maddrs: list[str] = option([], "Addresses that others should dial, if they differ (a forwarded port).")
     client_mode: bool = option(False, "Accept no incoming connections: for computers behind a router or firewall.")
@@ -240,7 +250,7 @@ class PeerArguments:
 
     def peer_options(self) -> dict[str, Any]:
         """The arguments of `collab.peer.Peer`."""
-        others = ("bandwidth", "cache_dir", "resume_from")
+        others = ("bandwidth", "cache_dir", "organizer", "resume_from")
         return {key: value for key, value in asdict(self).items() if key not in others}
 
 
@@ -278,6 +288,9 @@ class AuxArguments:
     report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
     save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
     repo_id: str | None = option(None, "ORG/NAME on the Hugging Face Hub that checkpoints are uploaded to.")
+    change_at_step: int | None = option(
+        None, "Change the run that goes on: settings in which --config differs from it count from this global step on."
+    )
     license: str = option("apache-2.0", "Licence of the trained model, for its card.")
     language: list[str] = option(["en"], "Language codes of the trained model, for its card.")
 
@@ -285,10 +298,17 @@ class AuxArguments:
         for name in self.report_to:
             require(name in ("trackio", "wandb", "none"), "report_to", self.report_to, "trackio, wandb or none")
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
+        at = self.change_at_step
+        require(at is None or at >= 1, "change_at_step", at, "at least 1")
         require(self.repo_id is None or self.repo_id.count("/") == 1, "repo_id", self.repo_id, "ORG/NAME")
 
 
 AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
+CHANGEABLE = frozenset({
+    "max_global_steps", "sources", "mask_probability", "learning_rate", "min_learning_rate", "warmup_steps",
+    "max_grad_norm", "target_batch_size", "average_state_every", "quorum", "failed_round",
+})  # fmt: skip
+"""What the organizer can change while a run goes on: nothing has to be built anew for it."""
 EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)
 
 
@@ -375,6 +395,24 @@ def refuse_contradictions(given: Mapping[str, Any], settings: Mapping[str, Any])
             f"You gave {what}. Everybody in a run has to agree: leave out {flags} (or the line in the --config), or "
             f"start a run of your own without --initial_peers."
         )
+
+
+def changes_between(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `given` would change in a run that goes on.
+
+    :raises UserError: nothing, something impossible, or something that cannot change.
+    """
+    wanted = agreed_settings({**settings, **given})
+    changed = {key: value for key, value in wanted.items() if value != settings[key]}
+    if not changed:
+        raise UserError("There is nothing to change: all settings are those of the run. Leave out --change_at_step.")
+    fixed = sorted(changed.keys() - CHANGEABLE)
+    if fixed:
+        raise UserError(
+            f"{', '.join(fixed)} cannot change while a run goes on; these can: {', '.join(sorted(CHANGEABLE))}. For "
+            f"the others start a new run from the last checkpoint: another run_id, and --resume_from."
+        )
+    return changed
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

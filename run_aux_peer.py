@@ -8,18 +8,32 @@ type. With --initial_peers it joins a run that is going on already.
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from arguments import AGREED, AuxArguments, PeerArguments, agreed_settings, parse, pick, refuse_contradictions
+from arguments import (
+    AGREED,
+    AuxArguments,
+    PeerArguments,
+    agreed_settings,
+    changes_between,
+    parse,
+    pick,
+    refuse_contradictions,
+)
 from collab.assistant import Assistant
+from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
-from collab.files import write_text
+from collab.contributions import FILE as CONTRIBUTIONS
+from collab.contributions import PROTOCOL, Contributions
+from collab.errors import UserError
+from collab.files import write_bytes, write_text
 from collab.lookout import Lookout
-from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
+from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
 from collab.metrics import announce_saved, metrics_validators, read_records
 from collab.modelcard import model_card
 from collab.monitor import Monitor, StepSummary
@@ -32,9 +46,14 @@ from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.5
 PAGE_SECONDS = 2.0
 KEPT_CHECKPOINTS = 3
+NOTEBOOK = Path(__file__).parent / "notebooks" / "volunteer.ipynb"
+PEERS = "peers.txt"  # in the run's folder: addresses of the others, for the next start
+REMEMBERED_SECONDS = 10.0
 
 
 def main() -> None:
@@ -46,29 +65,35 @@ def main() -> None:
     guard_children()
 
     # ---- the manifest: ours, or that of the run that goes on already
+    run_folder = Path(mine.run_folder or f"runs/{given.get('run_id')}")
     if not network.initial_peers:
         settings = agreed_settings(given)
-        run_folder = Path(mine.run_folder or f"runs/{settings['run_id']}")
         console.line(f"Preparing the run {settings['run_id']} ...")
         began = time.monotonic()
-        manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
+        files = find_task(settings["task"]).prepare(settings, cache_dir)
         console.line(f"Tokenizer and model config are ready after {duration(time.monotonic() - began)}")
     if network.identity_path is None and (mine.run_folder or "run_id" in given):
         # the same peer id, and with a fixed port the same join line, after a restart
-        network.identity_path = str(Path(mine.run_folder or f"runs/{given['run_id']}", "identity.key"))
-    peer = Peer(**network.peer_options())
+        network.identity_path = str(run_folder / "identity.key")
+    peer = start_peer(network, run_folder / PEERS)
     with contextlib.closing(peer):
         if network.initial_peers:
-            manifest = fetch_manifest(peer)
-            refuse_contradictions(given, manifest.settings)
+            manifest = fetch_manifest(peer, cache_dir, network.organizer)
             manifest.refuse_other_versions()
             find_task(manifest.settings["task"]).refuse_other_files(given, manifest.unpack(cache_dir))
-            settings = manifest.settings
-            run_folder = Path(mine.run_folder or f"runs/{settings['run_id']}")
-        folder = manifest.unpack(cache_dir)
-        manifest.serve(peer, folder)
-        run_id, last_step = settings["run_id"], settings["max_global_steps"]
+        else:
+            manifest = Manifest.found(settings, files, peer.private_key)
+        run_id = manifest.settings["run_id"]
+        run_folder = Path(mine.run_folder or f"runs/{run_id}")
         peer.dht.add_validators(metrics_validators(run_id))
+        if not network.initial_peers:
+            manifest = reopen(run_folder, manifest, changing=mine.change_at_step is not None)
+        if mine.change_at_step is not None:
+            manifest = change(manifest, mine.change_at_step, given, peer, run_folder)
+        refuse_contradictions(given, manifest.latest)
+        settings, folder = manifest.settings, manifest.unpack(cache_dir)
+        write_bytes(run_folder / KEPT, manifest.signed)
+        manifest.serve(peer, folder)
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
@@ -92,21 +117,35 @@ def main() -> None:
         assistant = Assistant(optimizer)
         publisher = Publisher(mine.repo_id) if mine.repo_id else None
         monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
+        contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
+        peer.serve(PROTOCOL, contributions.file)
         started, page_written, saved_step, checkpoint = time.time(), 0.0, optimizer.local_epoch, None
 
-        join_command = peer.join_command()
-        console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_command}\n")
-        write_text(run_folder / "join.txt", join_command + "\n")
+        join_line = join_command(peer, manifest)
+        console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
+        write_text(run_folder / "join.txt", join_line + "\n")
+        notebook = NOTEBOOK.read_text(encoding="utf-8").replace("ADDRESS", " ".join(peer.addresses()))
+        write_text(run_folder / NOTEBOOK.name, notebook)
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
+        changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
 
         # ---- watch: one turn is one look at the swarm
         try:
             complete_since: float | None = None
-            while not stop and saved_step < last_step:
+            while not stop and saved_step < (last_step := settings["max_global_steps"]):
                 stop.wait(POLL_SECONDS)
-                for summary in monitor.update(read_records(peer, run_id)):
-                    trackers.log(summary.as_metrics(), summary.step)
-                    console.line(step_line(summary, last_step, started))
+                records = read_records(peer, run_id)
+                contributions.update(records)
+                for made in monitor.update(records):
+                    trackers.log(made.as_metrics(), made.step)
+                    console.line(step_line(made, last_step, started))
+                if (wanted := changes.manifest.settings_at(monitor.step)) != settings:
+                    with assistant.paused(timeout=settings["averaging_timeout"]) as free:
+                        if free:
+                            console.line(f"Settings from global step {monitor.step} on: {in_words(settings, wanted)}")
+                            settings = task.settings = wanted
+                            optimizer.adopt(settings)
+                            contributions.most = max(contributions.most, settings["target_batch_size"])
                 console.live(live_line(monitor, optimizer, last_step))
                 if monitor.step >= last_step and complete_since is None:
                     complete_since = time.monotonic()
@@ -119,43 +158,100 @@ def main() -> None:
                         loaded = free and optimizer.load_state_from_peers()
                         if loaded and optimizer.local_epoch > saved_step:
                             saved_step = optimizer.local_epoch
-                            checkpoint = save(task, optimizer, monitor, run_folder, settings, mine, join_command)
+                            names = list(contributions.of_names())
+                            checkpoint = save(task, optimizer, monitor, names, run_folder, settings, mine, join_line)
                             announce_saved(peer, run_id, saved_step)
                             console.line(f"Saved the state of global step {saved_step} to {checkpoint}")
                     if loaded and checkpoint and publisher:
                         publisher.submit(checkpoint, saved_step)
                 if time.monotonic() - page_written >= PAGE_SECONDS:
                     page_written = time.monotonic()
-                    view = look(task, monitor, settings, started, join_command, checkpoint, trackers.where())
+                    view = look(task, monitor, settings, started, join_line, checkpoint, trackers.where())
                     write_text(run_folder / "page.html", render_page(view))
+                    if others := lookout.addresses():
+                        write_text(run_folder / PEERS, "\n".join(others) + "\n")
 
             # ---- leave: nothing that was reached is lost
             if publisher and not publisher.close(timeout=60):
                 console.line("The last checkpoint is not on the Hub yet; it is kept here")
         finally:
-            finished = monitor.step >= last_step
-            view = look(task, monitor, settings, started, join_command, checkpoint, trackers.where(), finished)
+            finished = monitor.step >= settings["max_global_steps"]
+            view = look(task, monitor, settings, started, join_line, checkpoint, trackers.where(), finished)
             write_text(run_folder / "page.html", render_page(view))
             summary_file = run_folder / "summary.json"
-            write_text(summary_file, json.dumps(sum_up(monitor, started, checkpoint, join_command), indent=2) + "\n")
+            summary = sum_up(monitor, len(contributions.of_peers), started, checkpoint, join_line)
+            write_text(summary_file, json.dumps(summary, indent=2) + "\n")
             trackers.close()
             assistant.stop()
+            changes.stop()
             lookout.stop()
             optimizer.leave()
         places = {
             "checkpoint": checkpoint,
             "page": run_folder / "page.html",
             **trackers.where(),
-            "joined by": join_command,
+            "joined by": join_line,
         }
         for what, where in places.items():
             console.line(f"{what + ':':<15}{where}")
+
+
+def start_peer(network: PeerArguments, remembered: Path) -> Peer:
+    """Join through `initial_peers`, or else through whom this peer knew when it ran last, if any of them is there."""
+    options = network.peer_options()
+    if not network.initial_peers and remembered.exists():
+        again = {"initial_peers": remembered.read_text().split(), "startup_timeout": REMEMBERED_SECONDS}
+        with contextlib.suppress(UserError):
+            return Peer(**options | again)
+    return Peer(**options)
+
+
+def reopen(run_folder: Path, new: Manifest, changing: bool) -> Manifest:
+    """The run that is kept in `run_folder` if the `new` one is the same, or is meant to change it; else the new one."""
+    kept = read_kept(run_folder)
+    same = kept is not None and (kept.organizer, kept.files, kept.versions) == (new.organizer, new.files, new.versions)
+    if kept is not None and same and (changing or kept.latest == new.settings):
+        return kept
+    if changing:
+        raise UserError(
+            f"There is no run in {run_folder} that this could change: another tokenizer, model, identity or version of "
+            f"the code is another run. Leave out --change_at_step."
+        )
+    if kept is not None:
+        logger.warning(
+            "The run in %s was another one. This is a NEW run: those who train the old one cannot meet it. To change "
+            "a run that goes on, add --change_at_step.", run_folder,
+        )  # fmt: skip
+    return new
+
+
+def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, run_folder: Path) -> Manifest:
+    """The manifest with the settings in which `given` differs, from global step `at_step` on."""
+    if manifest.organizer != peer.peer_id:
+        raise UserError(
+            f"Only the run's organizer can change it, the peer {manifest.organizer}. Start with its --identity_path."
+        )
+    made = max(
+        [record.step for record in read_records(peer, manifest.settings["run_id"])]
+        + [entry["step"] for entry in read_history(run_folder / HISTORY)],
+        default=0,
+    )
+    if at_step <= made:
+        raise UserError(
+            f"Global step {made} is made already. Give a --change_at_step that all peers can still hear of."
+        )
+    changed = changes_between(manifest.latest, given)
+    try:
+        return manifest.changed(at_step, changed, peer.private_key)
+    except ValueError as error:
+        raise UserError(f"This change is not possible: {error}. Give a later --change_at_step.") from error
 
 
 def save(
     task: Task,
     optimizer: SwarmOptimizer,
     monitor: Monitor,
+    names: list[str],
     run_folder: Path,
     settings: dict[str, Any],
     mine: AuxArguments,
@@ -177,7 +273,7 @@ def save(
         run_id=settings["run_id"],
         step=step,
         samples=monitor.samples,
-        peers=[name for name, _ in monitor.contributions.values()],
+        peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,
         join_command=None if step >= settings["max_global_steps"] else join_command,
@@ -269,11 +365,11 @@ def look(
     )
 
 
-def sum_up(monitor: Monitor, started: float, checkpoint: Path | None, join_command: str) -> dict[str, Any]:
+def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Path | None, join_command: str) -> dict[str, Any]:
     """What `summary.json` says of the run."""
     history = monitor.history
     return {
-        "peers": len(monitor.contributions),
+        "peers": peers,
         "global_steps": monitor.step,
         "first_loss": round(history[0].loss, 4) if history else None,
         "last_loss": round(history[-1].loss, 4) if history else None,

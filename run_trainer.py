@@ -21,13 +21,15 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.agreement import sketch
+from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
-from collab.console import Console, show_log
+from collab.console import Console, Stages, show_log
+from collab.contributions import counted_by_organizer
 from collab.device import pick_device, pick_precision
 from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
-from collab.manifest import CODE_VERSION, Manifest, fetch_manifest
+from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
 from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.peer import Peer
@@ -42,21 +44,22 @@ def main() -> None:
     network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
     cache_dir = Path(network.cache_dir)
     device = pick_device(mine.device)
-    precision = pick_precision(mine.precision, device)
     if mine.save_dir:
         make_folder(Path(mine.save_dir))  # better now than after a week of training
     if mine.threads:
         torch.set_num_threads(mine.threads)
-    console, stop = Console(), StopSignal()
+    console, stop, stages = Console(), StopSignal(), Stages()
     show_log()
     guard_children()
 
     # ---- join: find the swarm, learn what it trains
+    stages.done("import")
     peer = Peer(**network.peer_options())
+    stages.done("network")
     with contextlib.closing(peer):
         if network.initial_peers:
-            manifest = fetch_manifest(peer)
-            refuse_contradictions(given, manifest.settings)
+            manifest = fetch_manifest(peer, cache_dir, network.organizer)
+            refuse_contradictions(given, manifest.latest)
             manifest.refuse_other_versions()
             find_task(manifest.settings["task"]).refuse_other_files(given, manifest.unpack(cache_dir))
         elif "run_id" not in given:
@@ -66,10 +69,12 @@ def main() -> None:
             )
         else:
             settings = agreed_settings(given)
-            manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
+            files = find_task(settings["task"]).prepare(settings, cache_dir)
+            manifest = Manifest.found(settings, files, peer.private_key)
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
-        run_id, last_step = settings["run_id"], settings["max_global_steps"]
+        run_id = settings["run_id"]
+        precision = pick_precision(mine.precision, device, settings["precisions"])
         peer.dht.add_validators(metrics_validators(run_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]
@@ -78,8 +83,10 @@ def main() -> None:
             console.line(
                 f"This is a NEW run, and {name} is alone in it so far. If you meant to join one that goes on already: "
                 f"Ctrl-C, and start again with its address (--initial_peers).\n"
-                f"Others join with:\n  {peer.join_command()}"
+                f"Others join with:\n  {join_command(peer, manifest)}"
             )
+
+        stages.done("manifest")
 
         # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
         task = find_task(settings["task"])(settings, folder, cache_dir)
@@ -100,6 +107,9 @@ def main() -> None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
+        changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
+
+        stages.done("model")
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
@@ -109,12 +119,19 @@ def main() -> None:
                 optimizer.load_state_from_peers()
             if resumed or network.initial_peers:
                 console.line(f"Starting from global step {optimizer.local_epoch}")
+            stages.done("state")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
             # With the step in its place, a peer that comes back does not see its first samples again.
             batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
-            while not stop and step < last_step:
+            while not stop and step < settings["max_global_steps"]:
+                if (wanted := changes.manifest.settings_at(step)) != settings:
+                    console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
+                    settings = task.settings = wanted
+                    optimizer.adopt(settings)
+                    batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
+                    continue
                 batch = {key: tensor.to(device, non_blocking=True) for key, tensor in next(batches).items()}
                 optimizer.zero_grad()
                 with autocast:
@@ -132,6 +149,7 @@ def main() -> None:
                         console.line(f"{skipped} micro-batches with a NaN or infinite gradient were dropped so far")
                 if scaler.is_enabled():
                     scaler.update()
+                stages.done("first batch")
 
                 progress = optimizer.tracker.global_progress
                 if optimizer.local_epoch == step and optimizer.states_loaded == states_loaded:
@@ -150,6 +168,9 @@ def main() -> None:
                     continue
                 if report is None:  # the first round is still being averaged in the background
                     continue
+                if samples and not samples_total and report.applied:
+                    stages.done("first round")
+                    console.line(f"From here on the common model has samples of {name} in it, after {stages}")
                 samples_total += samples if report.applied or report.expected == 1 else 0
                 record = PeerRecord(
                     name=name,
@@ -168,7 +189,7 @@ def main() -> None:
                     **report.as_record(),
                 )
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
-                console.line(record.as_line(last_step))
+                console.line(record.as_line(settings["max_global_steps"]))
                 lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
                 if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
@@ -178,7 +199,7 @@ def main() -> None:
                         optimizer.reload("this peer's model is another one than most have")
 
             # ---- leave
-            if step >= last_step:
+            if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
@@ -190,8 +211,11 @@ def main() -> None:
                     trainer_state=state,
                     model_card=f"The state of {name} when it left the run {run_id} at global step {step}.\n",
                 )
-            console.line(f"{name} gave {samples_total:,} samples to the common model. Thank you!")
+            counted = counted_by_organizer(peer, manifest.organizer, name)
+            altogether = f" The organizer has counted {counted:,} from {name} in this run." if counted else ""
+            console.line(f"{name} gave {samples_total:,} samples to the common model.{altogether} Thank you!")
         finally:
+            changes.stop()
             lookout.stop()
             optimizer.leave()
 

@@ -7,6 +7,7 @@ override says which fault of hivemind 1.1.12 it repairs, so that it can go when 
 import asyncio
 import logging
 import math
+import multiprocessing
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -202,9 +203,19 @@ class _MeetsTheSwarm(DecentralizedAverager):
 
     def __init__(self, *args: Any, progress_key: str, lag: int, max_weight: float = math.inf, **kwargs: Any) -> None:
         self._matchmaking: Any  # exists in the averager's own process
-        self._progress_key, self._lag, self.max_weight = progress_key, lag, max_weight
+        self._progress_key, self._lag = progress_key, lag
+        self._max_weight = multiprocessing.RawValue("d", max_weight)  # rounds run in a process of their own
         self._tally: RoundTally | None = None
         super().__init__(*args, **kwargs)
+
+    @property
+    def max_weight(self) -> float:
+        """What one peer may count for at most in a round, in samples."""
+        return float(self._max_weight.value)
+
+    @max_weight.setter
+    def max_weight(self, samples: float) -> None:
+        self._max_weight.value = samples
 
     async def _step(self, **kwargs: Any) -> None:
         if not isinstance(self._matchmaking, SwarmMatchmaking):

@@ -5,6 +5,8 @@ import shutil
 import sys
 import time
 
+import psutil
+
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
@@ -41,6 +43,24 @@ class Console:
         if self._live_shown:
             print("\r\x1b[2K", end="")
             self._live_shown = False
+
+
+class Stages:
+    """How long each part of a program's start takes, from the start of its process on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = psutil.Process().create_time()
+
+    def done(self, name: str) -> None:
+        """The part called `name` ends here. Only the first time counts, so this may stand in a loop."""
+        if name not in self.seconds:
+            now = time.time()
+            self.seconds[name], self._since = now - self._since, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({parts})"
 
 
 def show_log() -> None:

@@ -1,5 +1,7 @@
 """The device that a peer computes on, and the precision that suits it."""
 
+from collections.abc import Sequence
+
 import torch
 
 from collab.errors import UserError
@@ -23,15 +25,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+def pick_precision(wanted: str, device: torch.device, allowed: Sequence[str] = tuple(PRECISIONS)) -> torch.dtype:
     """The dtype of the forward and backward pass; weights, gradients and averaging stay in float32.
 
     `auto`: bfloat16 on GPUs that compute in it, float16 on older ones (with scaled losses), float32 on CPUs, where
-    support for bfloat16 does not tell whether it is faster.
+    support for bfloat16 does not tell whether it is faster; if the run does not allow that one, the best that it does.
+
+    :param allowed: what the run's organizer admits.
+    :raises UserError: `wanted` is not among them.
     """
     if wanted != "auto":
+        if wanted not in allowed:
+            raise UserError(
+                f"This run is not computed in {wanted}. Leave --precision out, or give {' or '.join(allowed)}."
+            )
         return PRECISIONS[wanted]
-    if device.type != "cuda":
-        return torch.float32
-    # Emulated bfloat16 (before Ampere) is slower than float32.
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    best = ["float32", "bfloat16", "float16"]
+    if device.type == "cuda":
+        # Emulated bfloat16 (before Ampere) is slower than float32.
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        best = ["bfloat16", "float16", "float32"] if modern else ["float16", "float32", "bfloat16"]
+    return PRECISIONS[next(name for name in best if name in allowed)]

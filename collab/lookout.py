@@ -138,6 +138,11 @@ class Lookout(threading.Thread):
         self._reason = report.reason
         self._sightings.after_round(report)
 
+    def addresses(self) -> list[str]:
+        """Where those in sight can be dialed; peers that accept no connections have no address."""
+        announced, in_sight = self._announced, self._sightings.in_sight
+        return sorted(address for peer, some in announced.items() if peer in in_sight for address in some)
+
     def stop(self, timeout: float = 1.0) -> None:
         """Say goodbye: nobody looks for this peer from now on. Takes twice `timeout` seconds at most."""
         self._stopped.set()

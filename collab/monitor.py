@@ -72,8 +72,6 @@ class Monitor:
         self.history = list(history)
         self.live: list[PeerRecord] = []
         """The latest record of every peer that is still reporting."""
-        self.contributions: dict[str, tuple[str, int]] = {}
-        """Samples of each peer id that was ever seen in this session, with its public name."""
         self._open: dict[int, dict[str, PeerRecord]] = defaultdict(dict)
         self._since: dict[int, float] = {}
 
@@ -91,7 +89,6 @@ class Monitor:
         """Take in what the swarm reports now; returns the steps that this completed, in order."""
         self.live = sorted(records, key=lambda record: (-record.samples_total, record.peer_id))
         for record in records:
-            self.contributions[record.peer_id] = (record.name, record.samples_total)
             if record.step > self.step:
                 self._open[record.step][record.peer_id] = record
                 self._since.setdefault(record.step, time.monotonic())

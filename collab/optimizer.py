@@ -35,6 +35,7 @@ ParamGroups = Sequence[dict[str, Any]]
 LOAD_STATE_ATTEMPTS = 3
 LOAD_STATE_PAUSE = 1.0
 PROGRESS_SECONDS = 0.5
+LEAST_REPORTED = 0.5
 LEAVE_SECONDS = 4.0
 
 
@@ -142,6 +143,18 @@ class Tracker(ProgressTracker):
         self.should_report_progress: _PacedEvent = _PacedEvent()
         if start:
             self.start()
+
+    @property
+    def ready_to_update_epoch(self) -> bool:
+        """Whether to make the global step now.
+
+        Upstream goes by estimate as well: what a peer does not report it counts as computed at its usual speed, also
+        while that peer averages or downloads. Global steps shorter than that ran away, and ticked by time instead of
+        by samples (28 of them in 50 micro-batches). Here half of the samples have to be reported.
+        """
+        reported = self.global_progress.samples_accumulated >= LEAST_REPORTED * self.target_batch_size
+        behind = self.global_epoch > self.local_progress.epoch
+        return behind or (reported and bool(super().ready_to_update_epoch))
 
     def run(self) -> None:
         super().run()
@@ -427,6 +440,25 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         self.share_state_memory()
 
+    def adopt(self, settings: Mapping[str, Any]) -> None:
+        """Go by changed settings from the next micro-batch on.
+
+        :param settings: the agreed arguments of the run. Those for which processes or tensors would have to be built
+          anew cannot change; `arguments.CHANGEABLE` lists the others.
+        """
+        self.target_batch_size = self.tracker.target_batch_size = settings["target_batch_size"]
+        self.grad_averager.max_weight = settings["target_batch_size"]
+        self.average_state_every = settings["average_state_every"]
+        self.quorum, self.failed_round = settings["quorum"], settings["failed_round"]
+        self.guard.max_grad_norm = settings["max_grad_norm"]
+        averager = self.state_averager
+        averager.step(wait_for_delayed_updates=True)
+        scheduler, schedule = averager.scheduler, _schedule_of(settings)
+        scheduler.base_lrs = [settings["learning_rate"]] * len(scheduler.base_lrs)
+        scheduler.lr_lambdas = [schedule] * len(scheduler.base_lrs)
+        for group in averager.optimizer.param_groups:
+            group["lr"] = settings["learning_rate"] * schedule(scheduler.last_epoch)
+
     def skip_to(self, step: int) -> None:
         """Follow the swarm to a later global step without its state; for auxiliary peers, which put in nothing."""
         self._abandon_scheduled_round()
@@ -510,11 +542,6 @@ def make_optimizer(
 
     guard = StepGuard(settings["max_grad_norm"])
 
-    schedule = linear_schedule(
-        settings["warmup_steps"],
-        settings["max_global_steps"],
-        floor=settings["min_learning_rate"] / settings["learning_rate"],
-    )
     averager_options: dict[str, Any] = dict(
         bandwidth=bandwidth,
         request_timeout=_request_timeout(settings["matchmaking_time"]),
@@ -529,7 +556,7 @@ def make_optimizer(
         run_id=swarm_id,
         params=list(param_groups),
         optimizer=make_inner,
-        scheduler=lambda inner: LambdaLR(inner, schedule),
+        scheduler=lambda inner: LambdaLR(inner, _schedule_of(settings)),
         target_batch_size=settings["target_batch_size"],
         matchmaking_time=settings["matchmaking_time"],
         averaging_timeout=settings["averaging_timeout"],
@@ -562,6 +589,11 @@ def make_optimizer(
     )
     swarm_optimizer.share_state_memory()
     return swarm_optimizer
+
+
+def _schedule_of(settings: Mapping[str, Any]) -> Callable[[int], float]:
+    floor = settings["min_learning_rate"] / settings["learning_rate"]
+    return linear_schedule(settings["warmup_steps"], settings["max_global_steps"], floor)
 
 
 def linear_schedule(warmup_steps: int, total_steps: int, floor: float) -> Callable[[int], float]:

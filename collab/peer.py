@@ -159,10 +159,6 @@ class Peer:
                 self.dht.run_coroutine(work, return_future=True).result(0.5 * timeout)
         return answered
 
-    def join_command(self) -> str:
-        """What a volunteer types to join through this peer."""
-        return "python run_trainer.py --initial_peers " + " ".join(self.addresses())
-
     def close(self) -> None:
         """Stop the DHT node and the libp2p daemon."""
         if self.dht.is_alive():
@@ -184,7 +180,15 @@ def peer_id_of_key(signature_key: bytes) -> str:
     found = re.fullmatch(rb"\[owner:(ssh-rsa [^\]]+)\]", signature_key)
     if found is None:
         raise ValueError("not the key of a signed record")
-    key = load_ssh_public_key(found[1]).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return peer_id_of_public_key(found[1])
+
+
+def peer_id_of_public_key(ssh_key: bytes) -> str:
+    """The peer id that belongs to a public key in OpenSSH's format ("ssh-rsa AAAA...").
+
+    :raises ValueError: it is no such key.
+    """
+    key = load_ssh_public_key(ssh_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=key).SerializeToString()
     return str(PeerID(bytes([0x12, 32]) + sha256(content).digest()))  # a multihash: SHA-256, 32 bytes
 

@@ -24,6 +24,8 @@ class Task(Protocol):
     """
 
     model: torch.nn.Module
+    settings: Mapping[str, Any]
+    """The agreed arguments. The organizer can change some while the run goes on; `batches` is called anew then."""
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from arguments import (
     SwarmArguments,
     TrainerArguments,
     agreed_settings,
+    changes_between,
     parse,
     pick,
     read_config,
@@ -302,6 +303,15 @@ def test_agreed_settings_are_complete_and_pure_json():
 
 def test_agreed_settings_need_a_run_id():
     assert refusal(agreed_settings, {}).startswith("run_id is ''")
+
+
+def test_what_can_change_while_a_run_goes_on_is_told_from_what_cannot():
+    settings = agreed_settings({"run_id": "ours"})
+    given = {"run_id": "ours", "learning_rate": 0.25, "sources": [{"embedded": True, "weight": 2}], "device": "cpu"}
+    assert changes_between(settings, given) == {key: given[key] for key in ("learning_rate", "sources")}
+    assert "vocab_size cannot change" in refusal(changes_between, settings, given | {"vocab_size": 100})
+    assert "nothing to change" in refusal(changes_between, settings, {"run_id": "ours"})
+    assert "learning_rate is -1" in refusal(changes_between, settings, {"run_id": "ours", "learning_rate": -1})
 
 
 def test_a_contradiction_to_the_run_is_refused_by_its_name():

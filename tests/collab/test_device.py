@@ -59,3 +59,10 @@ def test_other_devices_compute_in_float32():
 def test_a_wish_is_granted(name):
     for device in (CPU, CUDA):
         assert pick_precision(name, device) is getattr(torch, name)
+
+
+def test_a_run_can_rule_precisions_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_precision("auto", CUDA, ["float32", "bfloat16"]) is torch.float32
+    with pytest.raises(UserError, match=r"not computed in float16.*float32 or bfloat16"):
+        pick_precision("float16", CUDA, ["float32", "bfloat16"])

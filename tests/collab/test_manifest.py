@@ -8,26 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hivemind.averaging.averager import compute_schema_hash
+from hivemind.utils.crypto import RSAPrivateKey
 from transformers import AlbertConfig, AlbertForPreTraining
 
 import collab.manifest
 from collab.errors import UserError
-from collab.manifest import Manifest
+from collab.manifest import Manifest, read_kept, versions_here
+from collab.peer import peer_id_of_public_key
 
 SETTINGS = {"run_id": "ours", "seed": 0, "learning_rate": 0.00176, "tokenizer": None, "sources": [{"embedded": True}]}
 FILES = {"config.json": b"{}", "spiece.model": bytes(range(256)), "sub/নাম.txt": "নদী".encode()}
 
 
+ORGANIZER, STRANGER = RSAPrivateKey(), RSAPrivateKey()
+ORGANIZER_ID = peer_id_of_public_key(ORGANIZER.get_public_key().to_bytes())
+
+
+ED25519 = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
 def manifest(**changes) -> Manifest:
-    return Manifest(**{"settings": SETTINGS, "files": FILES, "versions": {"samiti": "1", "torch": "2"}, **changes})
+    versions = {"samiti": "1", "torch": "2"}
+    return Manifest.found(**{"settings": SETTINGS, "files": FILES, "key": ORGANIZER, "versions": versions, **changes})
 
 
-def document(**changes) -> bytes:
-    """A document as it travels, made by somebody who does not use our code."""
+def document(signer: RSAPrivateKey = ORGANIZER, **changes) -> bytes:
+    """A document as it travels, made and signed by somebody who does not use our code."""
     files = {name: base64.b64encode(content).decode() for name, content in FILES.items()}
-    content = {"settings": SETTINGS, "files": files, "versions": {"samiti": "1"}, **changes}
-    return zlib.compress(json.dumps({key: value for key, value in content.items() if value is not None}).encode())
+    content = {"format": 1, "organizer": ORGANIZER_ID, "settings": SETTINGS, "files": files}
+    content |= {"versions": {"samiti": "1"}, "changes": [], **changes}
+    return sealed(json.dumps({key: value for key, value in content.items() if value is not None}), signer)
+
+
+def sealed(text: str, signer: RSAPrivateKey = ORGANIZER) -> bytes:
+    signature = signer.sign(text.encode()).decode()
+    return zipped(
+        json.dumps({"document": text, "key": signer.get_public_key().to_bytes().decode(), "signature": signature})
+    )
+
+
+def zipped(text: str | bytes) -> bytes:
+    return zlib.compress(text.encode() if isinstance(text, str) else text)
+
+
+def altered(data: bytes, **changes) -> bytes:
+    """An envelope in which a stranger has changed something."""
+    return zipped(json.dumps(json.loads(zlib.decompress(data)) | changes))
 
 
 def all_files(folder: Path) -> dict[str, bytes]:
@@ -39,8 +68,9 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 def test_what_arrives_is_what_was_sent():
     sent = manifest()
-    arrived = Manifest.from_bytes(sent.to_bytes())
-    assert arrived == sent and arrived.fingerprint == sent.fingerprint
+    arrived = Manifest.from_bytes(sent.signed)
+    assert arrived == sent and arrived.fingerprint == sent.fingerprint and arrived.signed == sent.signed
+    assert arrived.organizer == ORGANIZER_ID
 
 
 def test_a_document_of_another_program_can_be_read():
@@ -48,7 +78,7 @@ def test_a_document_of_another_program_can_be_read():
 
 
 def test_versions_are_those_of_what_decides_about_numbers():
-    versions = Manifest({}, {}).versions
+    versions = versions_here()
     assert {"samiti", "hivemind", "torch", "transformers", "tokenizers"} <= versions.keys()
     assert "+" not in versions["torch"], "a build for another GPU is the same version"
 
@@ -89,21 +119,32 @@ def test_another_depth_is_another_swarm_although_no_tensor_tells():
 # ---- a stranger's ------------------------------------------------------------------------------------------------
 
 
-def zipped(text: str | bytes) -> bytes:
-    return zlib.compress(text.encode() if isinstance(text, str) else text)
-
-
 @pytest.mark.parametrize(
     "data",
     [
         pytest.param(b"", id="nothing"),
         pytest.param(b"GET / HTTP/1.1", id="not zlib"),
-        pytest.param(manifest().to_bytes()[:-40], id="cut"),
+        pytest.param(manifest().signed[:-40], id="cut"),
         pytest.param(zipped(b"\xff\xfe\x00"), id="not UTF-8"),
         pytest.param(zipped("not JSON"), id="not JSON"),
         pytest.param(zipped("[" * 200_000), id="nested without end"),
         pytest.param(zipped("[]"), id="a list"),
         pytest.param(zipped("null"), id="null"),
+        pytest.param(sealed("not JSON"), id="the document is not JSON"),
+        pytest.param(sealed("[" * 200_000), id="the document is nested without end"),
+        pytest.param(sealed("[]"), id="the document is a list"),
+        pytest.param(altered(document(), key="ssh-rsa AAAA"), id="no key"),
+        pytest.param(altered(document(), key=ED25519), id="a key of another kind"),
+        pytest.param(altered(document(), key=7), id="the key is a number"),
+        pytest.param(altered(document(), signature="নদী"), id="the signature is not base64"),
+        pytest.param(document(changes=[7]), id="a change is a number"),
+        pytest.param(document(changes=[{"from_step": "7", "settings": {}}]), id="a change at no global step"),
+        pytest.param(document(changes=[{"from_step": 0, "settings": {}}]), id="a change before the first step"),
+        pytest.param(document(changes=[{"from_step": 7, "settings": {"x": 1}}]), id="a change of no setting"),
+        pytest.param(
+            document(changes=[{"from_step": step, "settings": {"seed": 1}} for step in (9, 7)]), id="not in order"
+        ),
+        pytest.param(document(format=99), id="of a newer version"),
         pytest.param(document(settings=None), id="without settings"),
         pytest.param(document(files=None), id="without files"),
         pytest.param(document(versions=None), id="without versions"),
@@ -160,6 +201,56 @@ def test_a_small_answer_does_not_fill_the_memory(monkeypatch):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(
+            altered(
+                document(),
+                document=json.loads(zlib.decompress(document()))["document"].replace('"seed": 0', '"seed": 1'),
+            ),
+            "altered",
+            id="a setting is another",
+        ),
+        pytest.param(altered(document(), signature=STRANGER.sign(b"").decode()), "altered", id="another signature"),
+        pytest.param(document(signer=STRANGER), "another key", id="somebody else has signed it"),
+        pytest.param(document(format=99), "newer version", id="a newer version has made it"),
+    ],
+)
+def test_a_forged_manifest_is_refused_with_the_reason(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        Manifest.from_bytes(data)
+
+
+# ---- changes of a run that goes on -------------------------------------------------------------------------------
+
+
+def test_a_change_counts_from_its_global_step_on():
+    later = manifest().changed(10, {"learning_rate": 0.1}, ORGANIZER).changed(20, {"seed": 5}, ORGANIZER)
+    arrived = Manifest.from_bytes(later.signed)
+    assert arrived == later and arrived.version == 3
+    assert [arrived.settings_at(step)["learning_rate"] for step in (0, 9, 10, 30)] == [0.00176, 0.00176, 0.1, 0.1]
+    assert arrived.settings_at(19)["seed"] == 0 and arrived.settings_at(20) == arrived.latest
+    assert arrived.latest == SETTINGS | {"learning_rate": 0.1, "seed": 5}
+
+
+def test_a_changed_run_is_the_same_swarm():
+    first = manifest()
+    second = first.changed(10, {"seed": 5}, ORGANIZER)
+    assert second.swarm_id == first.swarm_id and second.signed != first.signed
+    assert second.continues(first) and first.continues(first) and not first.continues(second)
+    assert not manifest().changed(11, {"seed": 5}, ORGANIZER).continues(second), "history does not change"
+    assert not second.continues(manifest(settings=SETTINGS | {"seed": 1}))
+
+
+def test_only_the_organizer_changes_a_run_and_only_forward():
+    first = manifest().changed(10, {"seed": 5}, ORGANIZER)
+    with pytest.raises(ValueError, match="organizer"):
+        first.changed(20, {"seed": 6}, STRANGER)
+    with pytest.raises(ValueError, match="order"):
+        first.changed(9, {"seed": 6}, ORGANIZER)
+
+
 # ---- on disk -----------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +267,14 @@ def test_unpacking_again_changes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert manifest().unpack(tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_newer_version_takes_the_place_of_the_kept_one(tmp_path):
+    folder = manifest().unpack(tmp_path)
+    newer = manifest().changed(10, {"seed": 5}, ORGANIZER)
+    assert newer.unpack(tmp_path) == folder and read_kept(folder) == newer
+    (folder / "manifest.bin").write_bytes(b"half of it")
+    assert read_kept(folder) is None and newer.unpack(tmp_path) == folder and read_kept(folder) == newer
 
 
 def test_another_manifest_of_the_same_name_has_a_folder_of_its_own(tmp_path):
@@ -204,11 +303,11 @@ def test_a_disk_that_fills_up_leaves_no_half_folder(tmp_path, monkeypatch):
 
 
 def test_the_same_versions_are_welcome():
-    Manifest({}, {}).refuse_other_versions()
+    manifest(versions=None).refuse_other_versions()
 
 
 def test_other_versions_are_refused_by_name():
-    here = Manifest({}, {}).versions
+    here = versions_here()
     with pytest.raises(UserError) as caught:
         manifest(versions=here | {"torch": "1.0.0", "samiti": "99"}).refuse_other_versions()
     message = str(caught.value)

@@ -149,14 +149,6 @@ def test_a_single_peer_is_not_called_alone(clock):
     assert summary.peers_alone == 0
 
 
-def test_contributions_outlive_their_peer(clock):
-    monitor = Monitor()
-    monitor.update([record("a", 1, samples_total=10), record("b", 1, samples_total=70)])
-    monitor.update([record("a", 2, samples_total=25)])
-    assert monitor.contributions == {"a": ("name of a", 25), "b": ("name of b", 70)}
-    assert [live.peer_id for live in monitor.live] == ["a"]
-
-
 def test_peers_are_listed_by_what_they_gave(clock):
     monitor = Monitor()
     monitor.update(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import hivemind
 import pytest
 import torch
 from hivemind.averaging.control import AveragingStage
+from hivemind.optim.progress_tracker import LocalTrainingProgress, ProgressTracker
 from hivemind.optim.state_averager import TrainingStateAverager, initialize_optimizer_state_
+from hivemind.utils import PerformanceEMA, ValueWithExpiration, get_dht_time
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 from transformers import AlbertConfig, AlbertForPreTraining
 
@@ -17,7 +20,7 @@ import collab.optimizer
 from arguments import agreed_settings
 from collab.averager import StateAverager
 from collab.lamb import Lamb
-from collab.optimizer import CODECS, SwarmOptimizer, linear_schedule, make_optimizer, weight_decay_groups
+from collab.optimizer import CODECS, SwarmOptimizer, Tracker, linear_schedule, make_optimizer, weight_decay_groups
 
 PEER: Any = SimpleNamespace(dht=object(), private_key=object(), client_mode=True)
 
@@ -353,6 +356,32 @@ def test_a_peer_that_missed_a_step_takes_over_the_state(cls, reloads) -> None:
     assert optimizer._should_load_state_from_peers()
     optimizer.tracker.global_epoch, optimizer.delay_grad_averaging = 5, True
     assert not optimizer._should_load_state_from_peers(), "with delayed averaging it is normal"
+
+
+@pytest.mark.parametrize(("cls", "ready"), [(ProgressTracker, True), (Tracker, False)])
+def test_a_step_is_not_made_of_samples_that_nobody_has_reported(cls, ready) -> None:
+    """Stock hivemind counts on while the others average: by its estimate they have computed 10,000 samples."""
+    tracker = cls.__new__(cls)
+    threading.Thread.__init__(tracker)  # it looks whether it is alive when it goes
+    tracker.target_batch_size, tracker.metadata_expiration = 4096, 60.0
+    tracker.min_refresh_period, tracker.max_refresh_period, tracker.default_refresh_period = 0.5, 10.0, 3.0
+    tracker.expected_drift_peers, tracker.expected_drift_rate, tracker.status_loglevel = 3, 0.2, 0
+    tracker.prefix, tracker.performance_ema = "ours", PerformanceEMA(alpha=0.1)
+    own = dict(peer_id=b"me", epoch=4, samples_per_second=100.0, client_mode=False)
+    tracker.local_progress = LocalTrainingProgress(**own, samples_accumulated=0, time=get_dht_time())
+
+    def look(samples: int, seconds_ago: float) -> bool:
+        other = LocalTrainingProgress(
+            **(own | {"peer_id": b"other", "samples_per_second": 1000.0}),
+            samples_accumulated=samples, time=get_dht_time() - seconds_ago,
+        )  # fmt: skip
+        tracker.global_progress = tracker._parse_swarm_progress_data({b"other": ValueWithExpiration(other.dict(), 0)})
+        return bool(tracker.ready_to_update_epoch)
+
+    assert look(0, seconds_ago=10.0) is ready
+    assert not look(2500, seconds_ago=0.0)
+    assert look(2500, seconds_ago=2.0), "the last micro-batches before a step may be estimated"
+    assert look(4096, seconds_ago=0.0)
 
 
 @pytest.mark.parametrize(("cls", "begins"), [(hivemind.Optimizer, False), (SwarmOptimizer, True)])

@@ -13,7 +13,7 @@ from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
 from collab.errors import UserError
-from collab.manifest import PROTOCOL, Manifest, fetch_manifest
+from collab.manifest import PROTOCOL, Manifest, fetch_manifest, join_command
 from collab.metrics import (
     PeerRecord,
     announce_saved,
@@ -203,42 +203,67 @@ def test_only_those_that_answer_are_counted_and_the_others_cost_no_more_than_the
 # ---- the manifest over the wire ----------------------------------------------------------------------------------
 
 
+def run_of(organizer: Peer, **settings) -> Manifest:
+    return Manifest.found({"run_id": "ours", **settings}, {"spiece.model": b"\x00\xff"}, organizer.private_key)
+
+
 def test_a_volunteer_fetches_the_manifest(pair, tmp_path):
-    sent = Manifest({"run_id": "ours", "seed": 1}, {"spiece.model": os.urandom(10**6)})
     first, second = pair
-    sent.serve(first, sent.unpack(tmp_path))
-    assert fetch_manifest(second) == sent
+    sent = Manifest.found({"run_id": "ours"}, {"spiece.model": os.urandom(10**6)}, first.private_key)
+    sent.serve(first, sent.unpack(tmp_path / "first"))
+    assert fetch_manifest(second, tmp_path / "second") == sent
+    assert join_command(first, sent).endswith(first.peer_id)
 
 
 def test_the_manifest_of_the_next_address_is_taken_if_the_first_has_none(start_peer, tmp_path):
     without = start_peer()
     holder = start_peer(initial_peers=without.addresses())
-    sent = Manifest({"run_id": "ours"}, {})
-    sent.serve(holder, sent.unpack(tmp_path))
+    sent = run_of(holder)
+    sent.serve(holder, sent.unpack(tmp_path / "holder"))
     newcomer = start_peer(initial_peers=[*without.addresses(), *holder.addresses()])
-    assert fetch_manifest(newcomer, timeout=5.0) == sent
+    assert fetch_manifest(newcomer, tmp_path, timeout=5.0) == sent
 
 
 def test_addresses_of_different_runs_are_refused_by_name(start_peer, tmp_path):
     hosts = [start_peer(), start_peer()]
-    sent = [Manifest({"run_id": "ours", "seed": seed}, {"config.json": b"{}"}) for seed in (1, 2)]
+    sent = [run_of(host, seed=seed) for host, seed in zip(hosts, (1, 2), strict=True)]
     for host, manifest in zip(hosts, sent, strict=True):
-        manifest.serve(host, manifest.unpack(tmp_path))
+        manifest.serve(host, manifest.unpack(tmp_path / "hosts"))
     addresses = [address for host in hosts for address in host.addresses()]
     with pytest.raises(UserError) as caught:
-        fetch_manifest(start_peer(initial_peers=addresses))
+        fetch_manifest(start_peer(initial_peers=addresses), tmp_path)
     message = str(caught.value)
     for address, manifest in zip(addresses, sent, strict=True):
         assert address in message and manifest.fingerprint[:12] in message
-    assert "They differ in seed." in message and "config.json" not in message
+    assert "They differ in organizer, seed." in message and "spiece.model" not in message
 
 
-def test_several_addresses_of_one_run_are_welcome(start_peer, tmp_path):
+def test_of_several_addresses_of_one_run_the_newest_manifest_counts(start_peer, tmp_path):
     hosts = [start_peer(), start_peer()]
-    sent = Manifest({"run_id": "ours"}, {})
-    for host in hosts:
-        sent.serve(host, sent.unpack(tmp_path))
-    assert fetch_manifest(start_peer(initial_peers=[address for host in hosts for address in host.addresses()])) == sent
+    old = run_of(hosts[0], seed=1)
+    new = old.changed(10, {"seed": 2}, hosts[0].private_key)
+    for number, manifest in enumerate((old, new)):
+        manifest.serve(hosts[number], manifest.unpack(tmp_path / str(number)))
+    newcomer = start_peer(initial_peers=[address for host in hosts for address in host.addresses()])
+    assert fetch_manifest(newcomer, tmp_path) == new
+    new.unpack(tmp_path)
+    late = start_peer(initial_peers=hosts[0].addresses())
+    assert fetch_manifest(late, tmp_path) == new, "what this computer knows is newer than what is handed out"
+
+
+def test_a_run_whose_organizer_nobody_vouches_for_is_refused(pair, start_peer, tmp_path):
+    """Any peer hands the manifest on, and a stranger could hand out one of his own making."""
+    first, second = pair
+    organizer = start_peer()
+    sent = run_of(organizer)
+    sent.serve(first, sent.unpack(tmp_path / "first"))
+    with pytest.raises(UserError) as caught:
+        fetch_manifest(second, tmp_path)
+    assert f"--organizer {sent.organizer}" in str(caught.value) and first.addresses()[0] in str(caught.value)
+    assert join_command(first, sent).endswith(f"{first.peer_id} --organizer {organizer.peer_id}")
+    assert fetch_manifest(second, tmp_path, organizer=organizer.peer_id) == sent
+    sent.unpack(tmp_path)
+    assert fetch_manifest(second, tmp_path) == sent, "it has taken part before"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no manifest"])
@@ -248,7 +273,7 @@ def test_a_peer_that_hands_out_no_manifest_is_named(pair, tmp_path, content):
         (tmp_path / "file").write_bytes(content)
         first.serve(PROTOCOL, tmp_path / "file")
     with pytest.raises(UserError) as caught:
-        fetch_manifest(second, timeout=5.0)
+        fetch_manifest(second, tmp_path, timeout=5.0)
     assert first.addresses()[0] in str(caught.value) and "manifest" in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from arguments import agreed_settings
-from collab.manifest import Manifest
+from collab.manifest import Manifest, versions_here
 from collab.peer import Peer
 from tests.swarm.conftest import TINY_MODEL, Swarm
 from tests.swarm.processes import Program
@@ -102,10 +102,10 @@ def test_a_clock_that_is_almost_wrong_is_mentioned(run: tuple[Swarm, str], volun
 @pytest.mark.parametrize("what", ["samiti", "torch"])
 def test_another_version_is_refused(volunteer: Swarm, guarded: None, what: str) -> None:
     """The organizer has an older one."""
-    settings = agreed_settings({"run_id": "old"})
-    here = Manifest(settings, {}).versions
-    old = Manifest(settings, {}, here | {what: "0.0.9"})
+    here = versions_here()
     with contextlib.closing(Peer(host_maddrs=["/ip4/127.0.0.1/tcp/0"])) as organizer:
+        settings = agreed_settings({"run_id": "old"})
+        old = Manifest.found(settings, {}, organizer.private_key, versions=here | {what: "0.0.9"})
         old.serve(organizer, old.unpack(volunteer.folder))
         message = refusal(volunteer.start_trainer("modern", organizer.addresses()[0]))
     assert f"{what}: here {here[what]}, in the run 0.0.9" in message and "make setup" in message

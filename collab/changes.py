@@ -1,0 +1,111 @@
+"""Changes of a run while it goes on: the organizer signs a new version of the manifest, and all peers hear of it."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hivemind.utils import ValueWithExpiration, get_dht_time
+
+from collab.files import write_bytes
+from collab.manifest import KEPT, PROTOCOL, Manifest
+from collab.peer import Peer, peer_id_of_key
+
+logger = logging.getLogger(__name__)
+
+LOOKS_PER_LIFETIME = 4
+LOOK_SECONDS = 15.0
+FETCH_SECONDS = 15.0
+MAX_ASKED = 3  # in one turn
+
+
+class ChangeWatch(threading.Thread):
+    """Keeps this peer's copy of the manifest the newest one, in the background until `stop`.
+
+    Peers say in the DHT which version they have, unless it is the first one; who has an older one fetches the newer.
+    Nobody can lie to any effect: only what the organizer has signed, and what continues the version that is here, is
+    taken over. So a change reaches everybody even if the organizer leaves as soon as one peer has it.
+
+    :param manifest: what this peer has joined with.
+    :param folder: where its copy is kept, from which the peer serves it.
+    :param lifetime: seconds for which a record counts; a change is known everywhere after about a quarter of it.
+    """
+
+    def __init__(self, peer: Peer, manifest: Manifest, folder: Path, lifetime: float) -> None:
+        super().__init__(name="changes", daemon=True)
+        self.manifest = manifest
+        self.failures = 0
+        """Turns that failed, for example because the DHT did not answer in time."""
+        self._peer, self._folder, self._lifetime = peer, folder, lifetime
+        self._key = f"{manifest.swarm_id}_manifest"
+        self._liars: set[str] = set()
+        self._stopped = threading.Event()
+        self.start()
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Look no longer; takes `timeout` seconds at most."""
+        self._stopped.set()
+        self.join(timeout)
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._take_a_turn()
+            except Exception as error:  # noqa: BLE001 - training must outlive whatever one turn brings
+                self.failures += 1
+                if self.failures == 1 and not self._stopped.is_set():
+                    logger.warning("Looking for changes of the run failed, and goes on: %r", error)
+            self._stopped.wait(self._lifetime / LOOKS_PER_LIFETIME)
+
+    def _take_a_turn(self) -> None:
+        answer = self._peer.dht.get(self._key, latest=True, return_future=True).result(LOOK_SECONDS)
+        newer = {peer: version for peer, version in versions_in(answer).items() if version > self.manifest.version}
+        for peer in sorted(newer.keys() - self._liars, key=lambda peer: -newer[peer])[:MAX_ASKED]:
+            self._fetch(peer)
+        if self.manifest.changes and not self._peer.client_mode:
+            self._peer.dht.store(
+                self._key,
+                subkey=self._peer.signature_key,
+                value=self.manifest.version,
+                expiration_time=get_dht_time() + self._lifetime,
+                return_future=True,
+            )
+
+    def _fetch(self, peer: str) -> None:
+        try:
+            manifest = Manifest.from_bytes(self._peer.fetch(peer, PROTOCOL, FETCH_SECONDS))
+        except OSError as error:
+            logger.debug("No manifest from peer %s: %s", peer, error)
+            return
+        except ValueError as error:
+            logger.warning("Peer %s hands out a manifest that does not count: %s", peer[-6:], error)
+            self._liars.add(peer)
+            return
+        if manifest.version <= self.manifest.version:
+            return
+        if not manifest.continues(self.manifest):
+            logger.warning("Peer %s hands out a manifest that contradicts this run's; it does not count", peer[-6:])
+            self._liars.add(peer)
+            return
+        write_bytes(self._folder / KEPT, manifest.signed)
+        self.manifest = manifest
+
+
+def versions_in(answer: ValueWithExpiration | None) -> dict[str, int]:
+    """Which version each peer says it has, by peer id."""
+    records = answer.value if answer is not None and isinstance(answer.value, dict) else {}
+    found = {}
+    for key, entry in records.items():
+        try:
+            peer = peer_id_of_key(key)
+        except (ValueError, TypeError):
+            continue
+        if type(entry.value) is int:
+            found[peer] = entry.value
+    return found
+
+
+def in_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What has changed, for the console."""
+    return ", ".join(f"{key} {now[key]} (was {before[key]})" for key in sorted(now) if now[key] != before.get(key))
