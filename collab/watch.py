@@ -1,5 +1,6 @@
 """Whether this peer still has the model that the others have."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from hivemind.utils import MPFuture
@@ -57,11 +58,16 @@ class ModelWatch:
         if answer.cancelled() or answer.exception() is not None:
             return
         others = [r for r in records_in(answer.result()) if r.peer_id != self._peer.peer_id]
-        step = max((r.step for r in others if r.step in self._mine), default=0)
+        published = Counter(r.step for r in others if r.step in self._mine)
+        step = max(published, key=lambda step: (published[step], step), default=0)
         if step <= self._compared_step:
             return
-        self._compared_step = step
         sketches = {r.peer_id: r.sketch for r in others if r.step == step and len(r.sketch) == SKETCH_SIZE}
-        odd = strays({**sketches, self._peer.peer_id: self._mine[step]}, self._tolerance)
+        sketches[self._peer.peer_id] = self._mine[step]
+        odd = strays(sketches, self._tolerance)
+        everybody = 1 + sum(abs(r.step - step) <= 1 for r in others)
+        if len(sketches) < everybody and 2 * (len(sketches) - len(odd)) <= everybody:
+            return  # those who have not published yet could turn the vote
+        self._compared_step = step
         self._in_a_row = self._in_a_row + 1 if self._peer.peer_id in odd else 0
         self.doubtful = frozenset(odd - {self._peer.peer_id})

@@ -65,6 +65,23 @@ def test_only_sketches_of_the_same_step_are_compared(swarm: Swarm) -> None:
         assert not mine.has_strayed(step, [float(step)] * 16)
 
 
+def test_nobody_is_judged_before_most_have_published(swarm: Swarm) -> None:
+    """The one whose model is another may be the fastest; against it alone, any healthy peer would look odd."""
+    mine = watch()
+    for step in range(1, 8):
+        swarm.says(a=(step, BAD), b=(step - 1, GOOD))
+        assert not mine.has_strayed(step, GOOD)
+    mine, verdicts = watch(), []
+    for step in range(1, 8):
+        swarm.says(a=(step, GOOD), b=(step, GOOD), c=(step - 1, BAD))
+        verdicts.append(mine.has_strayed(step, BAD))
+    assert verdicts[0] is False and not any(verdicts), "two against two"
+    for step in range(8, 12):
+        swarm.says(a=(step, GOOD), b=(step, GOOD), c=(step, GOOD), d=(step - 1, BAD))
+        verdicts.append(mine.has_strayed(step, BAD))
+    assert verdicts[-1], "three of five are most"
+
+
 def test_the_stray_is_another_one(swarm: Swarm) -> None:
     mine = watch()
     for step in range(1, 5):
