@@ -25,9 +25,10 @@ from collab.modelcard import model_card
 from collab.monitor import Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
 from collab.page import PeerView, Round, RunView, render_page
-from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
+from collab.public_address import public_addresses
 from collab.publish import Publisher
+from collab.reachability import start_peer
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
@@ -56,7 +57,9 @@ def main() -> None:
     if network.identity_path is None and (mine.run_folder or "run_id" in given):
         # the same peer id, and with a fixed port the same join line, after a restart
         network.identity_path = str(Path(mine.run_folder or f"runs/{given['run_id']}", "identity.key"))
-    peer = Peer(**network.peer_options())
+    if mine.find_public_ip and not network.announce_maddrs:
+        network.announce_maddrs = public_addresses(network.host_maddrs)
+    peer = start_peer(must_accept=True, **network.peer_options())
     with contextlib.closing(peer):
         if network.initial_peers:
             manifest = fetch_manifest(peer)
