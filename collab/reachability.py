@@ -172,16 +172,12 @@ def advice(found: Reachability, host_maddrs: Sequence[str]) -> str:
     port = ports[0] if ports else SUGGESTED_PORT
     again = "start again" if ports else f"start again with --host_maddrs /ip4/0.0.0.0/tcp/{port}"
     ip = _ip_in(found.address)
-    if _in_container():
-        return (
-            f"To accept connections: start the container with `-p {port}:{port}`, and in it {again} "
-            f"--announce_maddrs /ip4/{ip or 'PUBLIC_IP'}/tcp/{port}"
-        )
     if ip and ip not in own_ips():
-        return (
-            f"To accept connections: forward TCP port {port} to {_local_ip()} in your router's settings (port "
-            f"forwarding), and {again} --announce_maddrs /ip4/{ip}/tcp/{port}"
-        )
+        if _in_container():
+            what = f"start the container with `-p {port}:{port}` (open that port on its host, too), and in it"
+        else:
+            what = f"forward TCP port {port} to {_local_ip()} in your router's settings (port forwarding), and"
+        return f"To accept connections: {what} {again} --announce_maddrs /ip4/{ip}/tcp/{port}"
     return f"To accept connections: {_firewall_command(port)}, and {again}"
 
 

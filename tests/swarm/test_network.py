@@ -10,7 +10,7 @@ import pytest
 
 from collab.trackers import read_history
 from tests.swarm.conftest import Swarm
-from tests.swarm.processes import Program
+from tests.swarm.processes import Program, wait_until
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(150)]
 
@@ -81,7 +81,7 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
     network: Network, swarm: Swarm
 ) -> None:
     folder = swarm.folder / "run"
-    config = swarm.configure(max_global_steps=6)
+    config = swarm.configure(max_global_steps=1000)
     auxiliary = start(
         swarm, network.open, "auxiliary", "run_aux_peer.py", "--config", str(config), "--run_folder", str(folder),
         "--host_maddrs", "/ip4/0.0.0.0/tcp/31337",
@@ -95,18 +95,19 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
         own = ("--public_name", name, "--threads", "1", "--initial_peers", line.split()[-1])
         return start(swarm, namespace, name, "run_trainer.py", *own)
 
-    outside = volunteer(network.closed, "outside")
-    outside.wait_for_output("Starting from global step")
-    inside = volunteer(network.open, "inside")
-    assert [program.wait(90) for program in (outside, inside, auxiliary)] == [0, 0, 0], outside.output()
+    inside, outside = volunteer(network.open, "inside"), volunteer(network.closed, "outside")
+    outside.wait_for_output("peers 2/2", times=2)
+
+    def together() -> list[dict[str, float]]:
+        return [entry for entry in read_history(folder / "metrics.jsonl") if entry["peers_averaged"] == 2]
+
+    wait_until(lambda: bool(together()), 20, auxiliary.output)
+    outside.interrupt()
+    assert outside.wait() == 0, outside.output()
 
     said = outside.output()
     assert f"tried /ip4/{network.closed_ip}/tcp/" in said and "nothing answered within 5 seconds" in said
     assert "client mode" in said and "To accept connections:" in said
     assert "client mode" not in inside.output()
-    together = [entry for entry in read_history(folder / "metrics.jsonl") if entry["peers_met"] == 2]
-    assert together, auxiliary.output()
-    # Its samples are in the average of both, and it was told so.
-    assert "peers 2/2" in said and "peers 2/2" in inside.output()
-    assert "outside gave 0 samples" not in said
-    assert all(entry["samples"] >= 0.8 * 4096 and entry["peers_alone"] == 0 for entry in together), together
+    assert together()[0]["peers_met"] == 2
+    assert int(said.split("outside gave ")[1].split()[0].replace(",", "")) > 0
