@@ -118,6 +118,12 @@ class Peer:
             dht.join(1.0)  # killed while it tells its reason, it would keep a lock that all of hivemind waits for
             if dht.is_alive():
                 dht.terminate()
+            if self._dht_options["use_ipfs"] and "bootstrap peers" in str(error):
+                raise UserError(
+                    "No computer of IPFS' public network answered, through which use_ipfs looks for peers: this one is "
+                    "offline, or a firewall keeps it from TCP port 4001 of others. Give the whole address of a peer in "
+                    "--initial_peers and leave out --use_ipfs."
+                ) from error
             reason = _why_not_started(
                 error, self.initial_peers, self.host_maddrs, self._identity_path, self._startup_timeout
             )

@@ -378,7 +378,7 @@ async def _ask(
 
 async def _transports(node: DHTNode) -> list[str]:
     """The ends of this peer's addresses, such as /tcp/31337; libp2p knows forwarded and observed ports too."""
-    found = {}
+    found: dict[str, None] = {}
     for address in await node.p2p.get_visible_maddrs(latest=True):
         text = str(address).rpartition("/p2p/")[0]
         match = re.fullmatch(r"/ip[46]/[^/]+(/.+)", text)

@@ -115,14 +115,24 @@ def test_options_of_the_network_reach_the_daemon(start_peer):
 
 
 def test_ipfs_is_asked_for_peers_by_their_ids(monkeypatch, start_peer):
+    """The network itself is not here; what is asked of hivemind is, and what it says then."""
     asked = {}
 
-    def dht(**options):
-        asked.update(options)
-        raise UserError("no such network here")
+    class Offline:
+        def __init__(self, **options):
+            asked.update(options)
 
-    monkeypatch.setattr("collab.peer.DHT", dht)
-    with pytest.raises(UserError, match="no such network"):
+        def run_in_background(self, **_):
+            raise RuntimeError("Daemon failed to start: failed to connect to bootstrap peers")
+
+        def join(self, timeout):
+            pass
+
+        def is_alive(self):
+            return False
+
+    monkeypatch.setattr("collab.peer.DHT", Offline)
+    with pytest.raises(UserError, match="IPFS' public network"):
         start_peer(use_ipfs=True, initial_peers=[f"/p2p/{SOMEBODY}"])
     assert asked["use_ipfs"] is True and asked["initial_peers"] == [f"/p2p/{SOMEBODY}"]
     place = f"/ip4/93.184.216.34/tcp/31337/p2p/{SOMEBODY}"

@@ -133,7 +133,8 @@ def test_only_the_asker_itself_is_dialed(start_peer, answerer):
         victim.listen()
         victim.settimeout(1.0)
         elsewhere = f"/ip4/127.0.0.2/tcp/{victim.getsockname()[1]}"
-        for request in ([elsewhere], [{"ip4": "127.0.0.2"}], [f"/tcp/1{elsewhere}"], elsewhere, {}, None):
+        requests: list[object] = [[elsewhere], [{"ip4": "127.0.0.2"}], [f"/tcp/1{elsewhere}"], elsewhere, {}, None]
+        for request in requests:
             answer = asker.dht.run_coroutine(partial(_ask_raw, peer=answerer.peer_id, request=request))
             assert answer == {"verdict": "unknown"}, request
         with pytest.raises(TimeoutError):

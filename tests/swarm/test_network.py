@@ -102,6 +102,8 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
         return [entry for entry in read_history(folder / "metrics.jsonl") if entry["peers_averaged"] == 2]
 
     wait_until(lambda: bool(together()), 20, auxiliary.output)
+    page = folder / "page.html"
+    wait_until(lambda: ">client<" in page.read_text() and ">trainer<" in page.read_text(), 20, page.read_text)
     outside.interrupt()
     assert outside.wait() == 0, outside.output()
 
