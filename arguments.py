@@ -227,7 +227,7 @@ class PeerArguments:
     nat_port_map: bool = option(True, "Ask the router to forward the port (UPnP).")
     use_relay: bool = option(True, "Reach peers that only relays can reach, and be a relay on a public address.")
     use_auto_relay: bool = option(
-        False, "Look for relays through which this computer can be reached; a client needs none. See docs/network.md."
+        False, "Be reachable through a relay, some minutes after the start; a client needs none. See docs/network.md."
     )
     trusted_relays: list[str] = option([], "Addresses of relays to try first, with use_auto_relay.")
     use_ipfs: bool = option(

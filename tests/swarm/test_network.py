@@ -81,7 +81,7 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
     network: Network, swarm: Swarm
 ) -> None:
     folder = swarm.folder / "run"
-    config = swarm.configure(max_global_steps=1000)
+    config = swarm.configure(max_global_steps=1000, target_batch_size=2048)
     auxiliary = start(
         swarm, network.open, "auxiliary", "run_aux_peer.py", "--config", str(config), "--run_folder", str(folder),
         "--host_maddrs", "/ip4/0.0.0.0/tcp/31337",
@@ -96,7 +96,7 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
         return start(swarm, namespace, name, "run_trainer.py", *own)
 
     inside, outside = volunteer(network.open, "inside"), volunteer(network.closed, "outside")
-    outside.wait_for_output("peers 2/2", times=2)
+    outside.wait_for_output("peers 2/2", timeout=90)
 
     def together() -> list[dict[str, float]]:
         return [entry for entry in read_history(folder / "metrics.jsonl") if entry["peers_averaged"] == 2]
