@@ -227,8 +227,22 @@ class PeerArguments:
     )
     host_maddrs: list[str] = option(["/ip4/0.0.0.0/tcp/0"], "Addresses to listen on; port 0 takes any free port.")
     announce_maddrs: list[str] = option([], "Addresses that others should dial, if they differ (a forwarded port).")
-    client_mode: bool = option(False, "Accept no incoming connections: for computers behind a router or firewall.")
+    client_mode: Literal["auto", "true", "false"] = option(
+        "auto",
+        "true: accept no connections, as behind a router or firewall; false: accept them. auto: another peer tries to "
+        "connect to this one, which is a client if that fails.",
+        nargs="?",
+        const="true",
+    )
     nat_port_map: bool = option(True, "Ask the router to forward the port (UPnP).")
+    use_relay: bool = option(True, "Reach peers that only relays can reach, and be a relay on a public address.")
+    use_auto_relay: bool = option(
+        False, "Be reachable through a relay, some minutes after the start; a client needs none. See docs/network.md."
+    )
+    trusted_relays: list[str] = option([], "Addresses of relays to try first, with use_auto_relay.")
+    use_ipfs: bool = option(
+        False, "Find the initial peers in the public network of IPFS by their ids: --initial_peers /p2p/PEER_ID."
+    )
     identity_path: str | None = option(
         None, "File with the key that makes the peer id; it is made if it does not exist. Two peers cannot share one."
     )
@@ -247,11 +261,18 @@ class PeerArguments:
         self.cache_dir = str(Path(self.cache_dir).expanduser())
         require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "above 0")
         require(self.bandwidth is None or self.bandwidth >= 0, "bandwidth", self.bandwidth, "0 or more")
+        auto_relay = self.use_auto_relay
+        require(self.use_relay or not auto_relay, "use_auto_relay", auto_relay, "false unless use_relay is true")
+        require(
+            auto_relay or not self.trusted_relays,
+            "trusted_relays", self.trusted_relays, "left out unless use_auto_relay is true",
+        )  # fmt: skip
 
     def peer_options(self) -> dict[str, Any]:
-        """The arguments of `collab.peer.Peer`."""
+        """The arguments of `collab.reachability.start_peer`."""
         others = ("bandwidth", "cache_dir", "organizer", "resume_from")
-        return {key: value for key, value in asdict(self).items() if key not in others}
+        options = {key: value for key, value in asdict(self).items() if key not in others}
+        return options | {"client_mode": {"auto": None, "true": True, "false": False}[self.client_mode]}
 
 
 @dataclass
@@ -287,6 +308,11 @@ class AuxArguments:
     run_folder: str | None = option(None, "Folder for metrics, page and checkpoints. Left out: runs/RUN_ID.")
     report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
     save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
+    find_public_ip: bool = option(
+        True,
+        "Ask a public service for the address of this network, for the line that volunteers type. Only if the port is "
+        "fixed, no interface has a public address, and announce_maddrs is left out.",
+    )
     repo_id: str | None = option(None, "ORG/NAME on the Hugging Face Hub that checkpoints are uploaded to.")
     change_at_step: int | None = option(
         None, "Change the run that goes on: settings in which --config differs from it count from this global step on."
@@ -441,6 +467,8 @@ def _convert(value: Any, hint: Any) -> Any:
             raise TypeError("not a list")
         return [_convert(item, options[0]) for item in value]
     if origin is Literal:
+        if isinstance(value, bool):  # `client_mode: true` in YAML, where a third choice is `auto`
+            value = str(value).lower()
         if value not in options:
             raise ValueError("not one of the options")
         return value

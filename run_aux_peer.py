@@ -41,7 +41,9 @@ from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
 from collab.page import PeerView, Round, RunView, render_page
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
+from collab.public_address import public_addresses
 from collab.publish import Publisher
+from collab.reachability import start_peer
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
@@ -75,7 +77,9 @@ def main() -> None:
     if network.identity_path is None and (mine.run_folder or "run_id" in given):
         # the same peer id, and with a fixed port the same join line, after a restart
         network.identity_path = str(run_folder / "identity.key")
-    peer = start_peer(network, run_folder / PEERS)
+    if mine.find_public_ip and not network.announce_maddrs:
+        network.announce_maddrs = public_addresses(network.host_maddrs)
+    peer = start_or_return(network, run_folder / PEERS)
     with contextlib.closing(peer):
         if network.initial_peers:
             manifest = fetch_manifest(peer, cache_dir, network.organizer)
@@ -196,14 +200,14 @@ def main() -> None:
             console.line(f"{what + ':':<15}{where}")
 
 
-def start_peer(network: PeerArguments, remembered: Path) -> Peer:
+def start_or_return(network: PeerArguments, remembered: Path) -> Peer:
     """Join through `initial_peers`, or else through whom this peer knew when it ran last, if any of them is there."""
     options = network.peer_options()
     if not network.initial_peers and remembered.exists():
         again = {"initial_peers": remembered.read_text().split(), "startup_timeout": REMEMBERED_SECONDS}
         with contextlib.suppress(UserError):
-            return Peer(**options | again)
-    return Peer(**options)
+            return start_peer(must_accept=True, **options | again)
+    return start_peer(must_accept=True, **options)
 
 
 def reopen(run_folder: Path, new: Manifest, changing: bool) -> Manifest:

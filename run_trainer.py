@@ -32,8 +32,8 @@ from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
 from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
-from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
+from collab.reachability import start_peer
 from collab.selftest import self_test
 from collab.watch import ModelWatch
 from tasks import find_task
@@ -54,7 +54,7 @@ def main() -> None:
 
     # ---- join: find the swarm, learn what it trains
     stages.done("import")
-    peer = Peer(**network.peer_options())
+    peer = start_peer(**network.peer_options())
     stages.done("network")
     with contextlib.closing(peer):
         if network.initial_peers:
@@ -184,7 +184,7 @@ def main() -> None:
                     grad_norm=optimizer.guard.grad_norm,
                     sketch=sketch(task.model.parameters()),
                     skipped_batches=skipped,
-                    client_mode=network.client_mode,
+                    client_mode=peer.client_mode,
                     time=get_dht_time(),
                     **report.as_record(),
                 )

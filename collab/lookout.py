@@ -255,7 +255,7 @@ def alone_message(rounds: int, others: int, reason: str, client_mode: bool) -> s
     if client_mode:
         advice = "no peer that accepts connections may be left; ask the organizer whether the auxiliary peer is up"
     else:
-        advice = "a firewall may keep them out; if this goes on, start again with --client_mode"
+        advice = "a firewall may keep them out; if this goes on, start again with --client_mode true"
     expected = "another peer was" if others == 1 else f"{others} other peers were"
     return (
         f"ALONE for {rounds} global steps in a row although {expected} expected: what this computer gives does not "

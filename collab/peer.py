@@ -12,6 +12,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import psutil
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from hivemind import DHT
 from hivemind.dht.crypto import RSASignatureValidator
@@ -44,6 +45,11 @@ class Peer:
     :param announce_maddrs: what others should dial instead, for example a forwarded port.
     :param client_mode: accept no incoming connections.
     :param nat_port_map: ask the router to forward the port.
+    :param use_relay: reach peers that only a relay (libp2p's circuit relay) can reach, and be a relay if this peer is
+      known to be reachable from everywhere.
+    :param use_auto_relay: look for relays through which this peer can be reached.
+    :param trusted_relays: multiaddresses of relays to try first; needs `use_auto_relay`.
+    :param use_ipfs: find the initial peers by their ids in the public network of IPFS; each of them is /p2p/PEER_ID.
     :param identity_path: file with the private key that determines the peer id. It is made if it does not exist. None:
       a key for this session only.
     :param startup_timeout: seconds until starting counts as failed.
@@ -58,42 +64,81 @@ class Peer:
         announce_maddrs: Sequence[str] = (),
         client_mode: bool = False,
         nat_port_map: bool = True,
+        use_relay: bool = True,
+        use_auto_relay: bool = False,
+        trusted_relays: Sequence[str] = (),
+        use_ipfs: bool = False,
         identity_path: str | None = None,
         startup_timeout: float = 60.0,
     ) -> None:
-        for address in (*initial_peers, *host_maddrs, *announce_maddrs):
-            _check_address(address, needs_peer_id=address in initial_peers)
+        for address in (*host_maddrs, *announce_maddrs):
+            _check_address(address, needs_peer_id=False)
+        for address in (*initial_peers, *trusted_relays):
+            _check_address(address, needs_peer_id=True)
+        for address in initial_peers:
+            _check_place(address, use_ipfs)
         for address in host_maddrs:
             _check_port_is_free(address)
         self.initial_peers = list(initial_peers)
+        self.host_maddrs = list(host_maddrs)
+        self.on_loopback_only = all("/ip4/127." in address for address in host_maddrs)
+        self.proven_address: str | None = None
+        """Where another peer has really reached this one, if one has tried (`collab.reachability`)."""
         self._session_folder = tempfile.TemporaryDirectory(prefix="samiti-") if identity_path is None else None
         path = Path(self._session_folder.name if self._session_folder else "", identity_path or "identity.key")
         is_new = not path.exists()
         self.private_key = _load_or_make_identity(path)
-        loopback_only = all("/ip4/127." in address for address in host_maddrs)
-        dht = DHT(
+        self._identity_path, self._startup_timeout = path, startup_timeout
+        self._dht_options = dict(
             initial_peers=self.initial_peers or None,
-            host_maddrs=list(host_maddrs),
+            host_maddrs=self.host_maddrs,
             announce_maddrs=list(announce_maddrs) or None,
+            nat_port_map=nat_port_map and not self.on_loopback_only,
+            auto_nat=not self.on_loopback_only,
+            use_relay=use_relay,
+            use_auto_relay=use_auto_relay,
+            trusted_relays=list(trusted_relays) or None,
+            use_ipfs=use_ipfs,
+        )
+        self._start(client_mode, check_if_identity_free=not is_new)
+
+    def _start(self, client_mode: bool, check_if_identity_free: bool) -> None:
+        dht = DHT(
+            **self._dht_options,
             client_mode=client_mode,
-            identity_path=str(path),
-            check_if_identity_free=not is_new,
-            nat_port_map=nat_port_map and not loopback_only,
-            auto_nat=not loopback_only,
-            startup_timeout=startup_timeout,
+            identity_path=str(self._identity_path),
+            check_if_identity_free=check_if_identity_free,
+            startup_timeout=self._startup_timeout,
             record_validators=[RSASignatureValidator(self.private_key)],
             start=False,
         )
         try:
-            dht.run_in_background(await_ready=True, timeout=2 * startup_timeout)
+            dht.run_in_background(await_ready=True, timeout=2 * self._startup_timeout)
         except Exception as error:
             dht.join(1.0)  # killed while it tells its reason, it would keep a lock that all of hivemind waits for
             if dht.is_alive():
                 dht.terminate()
-            raise UserError(_why_not_started(error, initial_peers, host_maddrs, path, startup_timeout)) from error
+            if self._dht_options["use_ipfs"] and "bootstrap peers" in str(error):
+                raise UserError(
+                    "No computer of IPFS' public network answered, through which use_ipfs looks for peers: this one is "
+                    "offline, or a firewall keeps it from TCP port 4001 of others. Give the whole address of a peer in "
+                    "--initial_peers and leave out --use_ipfs."
+                ) from error
+            reason = _why_not_started(
+                error, self.initial_peers, self.host_maddrs, self._identity_path, self._startup_timeout
+            )
+            raise UserError(reason) from error
         self.dht = dht
         self.client_mode = client_mode
         self.peer_id = str(dht.peer_id)
+
+    def become_client(self) -> None:
+        """Start anew as a peer that accepts no connections, with the same identity. Only before anybody uses `dht`.
+
+        :raises UserError: as when it was made.
+        """
+        self.dht.shutdown()
+        self._start(client_mode=True, check_if_identity_free=False)  # a moment ago it was ours
 
     @property
     def signature_key(self) -> bytes:
@@ -101,15 +146,26 @@ class Peer:
         return RSASignatureValidator(self.private_key).local_public_key
 
     def addresses(self) -> list[str]:
-        """Addresses that other computers can dial, those of one interface: a public one if there is one."""
+        """Addresses that other computers can dial: the best one first, public if there is one.
+
+        If that is not an address of this computer itself (a router's, a cloud's), those of its own network follow.
+        """
         visible = self.dht.run_coroutine(_visible_addresses, return_future=True).result(2 * DAEMON_SECONDS)
-        with_ip = [address for address in visible if {"ip4", "ip6"} & set(_protocols(address))]
-        if not with_ip:
+        proven = [Multiaddr(self.proven_address)] if self.proven_address else []
+        dialed = [
+            address
+            for address in [*proven, *visible]
+            if {"ip4", "ip6"} & set(_protocols(address)) and "p2p-circuit" not in _protocols(address)
+        ]
+        if not dialed:
             return [str(address) for address in visible]
         # Of several interfaces, a loopback address is of no use to other computers.
-        outside = [address for address in with_ip if not str(address).startswith(("/ip4/127.", "/ip6/::1"))] or with_ip
-        preferred = choose_ip_address(outside)
-        return [str(address) for address in outside if f"/{preferred}/" in str(address)]
+        outside = [address for address in dialed if not str(address).startswith(("/ip4/127.", "/ip6/::1"))] or dialed
+        ips = [choose_ip_address(outside)]
+        own = [address for address in outside if _ip(address) in own_ips()]
+        if ips[0] not in own_ips() and own:
+            ips.append(choose_ip_address(own))
+        return list(dict.fromkeys(str(address) for ip in ips for address in outside if _ip(address) == ip))
 
     def serve(self, name: str, file: Path) -> None:
         """Hand the content of `file` to every peer that asks this one for `name`; it is read anew each time."""
@@ -169,7 +225,7 @@ class Peer:
 
 def peer_id_in(address: str) -> str:
     """The peer id that an address names: the root of trust for what that peer hands out."""
-    return str(Multiaddr(address)["p2p"])
+    return str([value for protocol, value in Multiaddr(address).items() if protocol.name == "p2p"][-1])
 
 
 def peer_id_of_key(signature_key: bytes) -> str:
@@ -193,6 +249,21 @@ def peer_id_of_public_key(ssh_key: bytes) -> str:
     return str(PeerID(bytes([0x12, 32]) + sha256(content).digest()))  # a multihash: SHA-256, 32 bytes
 
 
+def own_ips() -> set[str]:
+    """IP addresses of this computer's interfaces."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        each.address.partition("%")[0]
+        for interface in psutil.net_if_addrs().values()
+        for each in interface
+        if each.family in families
+    }
+
+
+def _ip(address: Multiaddr) -> str:
+    return str(next(value for protocol, value in address.items() if protocol.name in ("ip4", "ip6")))
+
+
 def _protocols(address: Multiaddr) -> list[str]:
     return [protocol.name for protocol in address.protocols()]
 
@@ -206,6 +277,21 @@ def _check_address(address: str, needs_peer_id: bool) -> None:
     if needs_peer_id and "p2p" not in names:
         raise UserError(
             f"{address!r} names no peer: copy the whole line that the auxiliary peer prints, it looks like {example}"
+        )
+
+
+def _check_place(address: str, use_ipfs: bool) -> None:
+    """An initial peer is given either with its place or, for IPFS to find it, without."""
+    has_place = not address.startswith("/p2p/")
+    if has_place and use_ipfs:
+        raise UserError(
+            f"With use_ipfs, peers are found by their ids alone, but {address} says where the peer is. Give "
+            f"--initial_peers /p2p/{peer_id_in(address)}, or leave out --use_ipfs."
+        )
+    if not has_place and not use_ipfs:
+        raise UserError(
+            f"{address} says who the peer is, but not where. Copy the whole line that the auxiliary peer prints, or "
+            f"add --use_ipfs true if that peer was started with it, too."
         )
 
 
@@ -323,11 +409,12 @@ async def _fetch(_dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: flo
 async def _dial(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], timeout: float) -> bool:
     """Connect to a peer, and become a neighbour of its DHT node; returns whether it answered."""
     peer = PeerID.from_base58(peer_id)
+    # libp2p wants the peer id apart from the address; IPFS' addresses have nothing else
+    places = [Multiaddr(place) for place in (address.rpartition("/p2p/")[0] for address in addresses) if place]
 
     async def call() -> bool:
         with contextlib.suppress(ControlFailure):  # no address works; it may be connected all the same
-            # libp2p wants the peer id apart from the address
-            await node.p2p._client.connect(peer, [Multiaddr(address.rpartition("/p2p/")[0]) for address in addresses])
+            await node.p2p._client.connect(peer, places)
         return await node.protocol.call_ping(peer) is not None
 
     try:

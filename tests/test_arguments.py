@@ -139,6 +139,30 @@ def test_the_cache_folder_may_start_with_a_tilde(monkeypatch, tmp_path):
     assert PeerArguments(cache_dir="~/cache").cache_dir == str(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("argv", "text", "client_mode"),
+    [
+        ([], "", None),
+        (["--client_mode", "auto"], "client_mode: auto", None),
+        (["--client_mode"], "client_mode: true", True),
+        (["--client_mode", "true"], "client_mode: yes", True),
+        (["--client_mode", "false"], "client_mode: false", False),
+    ],
+)
+def test_client_mode_is_found_out_unless_it_is_said(config, argv, text, client_mode):
+    for given in (read(*argv), read(*argv, "--seed", "1"), read_config(config(text)) if text else {}):
+        assert pick(PeerArguments, given).peer_options()["client_mode"] is client_mode
+
+
+def test_relays_need_each_other():
+    relay = "/ip4/203.0.113.7/tcp/1/p2p/QmRelay"
+    given = read("--use_auto_relay", "--trusted_relays", relay, "--use_ipfs", "true")
+    options = pick(PeerArguments, given).peer_options()
+    assert options["use_relay"] and options["use_auto_relay"] and options["use_ipfs"]
+    assert options["trusted_relays"] == [relay]
+    assert "use_relay" in refusal(pick, PeerArguments, {"use_relay": False, "use_auto_relay": True})
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +206,7 @@ def test_a_flag_may_not_be_shortened():
         ("sources: ['{embedded: true']", "a list, each item a mapping"),
         ("sources: [{hub: a/b, revision: 2024-01-01}]", "a list, each item a mapping"),
         ("bandwidth: much", "a number or empty"),
+        ("client_mode: perhaps", "one of auto, true, false"),
     ],
 )
 def test_a_wrong_type_in_the_file_is_refused_by_its_key(config, text, rule):
@@ -240,6 +265,7 @@ IMPOSSIBLE = [
     (SwarmArguments, "delay_grad_averaging", True),
     (PeerArguments, "startup_timeout", 0.0),
     (PeerArguments, "bandwidth", -1.0),
+    (PeerArguments, "trusted_relays", ["/ip4/203.0.113.7/tcp/1/p2p/QmRelay"]),
     (TrainerArguments, "public_name", "x" * 41),
     (TrainerArguments, "micro_batch_size", 0),
     (TrainerArguments, "threads", -1),

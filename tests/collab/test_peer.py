@@ -29,6 +29,7 @@ from tests.collab.conftest import LOOPBACK, daemons, ended
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(90)]
 
 SOMEBODY = "QmXk1hoyp6R4eRvDFbXPQqRkpV3dNQJ2RDhsiTWRcytnDa"
+ANYBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 
 def refusal(action, *args, **options) -> str:
@@ -80,12 +81,65 @@ def test_without_a_file_every_session_is_somebody_else(start_peer, tmp_path, mon
 
 def test_the_join_command_leads_back_to_this_peer(start_peer):
     peer = start_peer()
-    words = peer.join_command().split()
+    words = join_command(peer, run_of(peer)).split()
     assert words[:3] == ["python", "run_trainer.py", "--initial_peers"] and words[3:] == peer.addresses()
     assert all(address.startswith("/ip4/127.0.0.1/tcp/") for address in words[3:])
     assert peer_id_in(words[3]) == peer.peer_id
     other = start_peer(initial_peers=words[3:])
     assert other.initial_peers == words[3:]
+
+
+def test_the_first_address_is_the_one_that_works_from_outside(start_peer, monkeypatch):
+    monkeypatch.setattr("collab.peer.own_ips", lambda: {"127.0.0.1", "192.168.1.5"})
+    inside, public = "/ip4/192.168.1.5/tcp/31337", "/ip4/93.184.216.34/tcp/31337"
+    peer = start_peer(announce_maddrs=[inside, public])
+    assert peer.addresses() == [f"{each}/p2p/{peer.peer_id}" for each in (public, inside)]
+    own = start_peer(announce_maddrs=[inside])
+    own.proven_address = f"{public}/p2p/{own.peer_id}"
+    assert own.addresses() == [f"{each}/p2p/{own.peer_id}" for each in (public, inside)]
+
+
+def test_an_address_through_a_relay_names_the_peer_behind_it():
+    address = f"/ip4/93.184.216.34/tcp/31337/p2p/{SOMEBODY}/p2p-circuit/p2p/{ANYBODY}"
+    assert peer_id_in(address) == ANYBODY
+
+
+def test_options_of_the_network_reach_the_daemon(start_peer):
+    relay = start_peer().addresses()
+    before = daemons()
+    start_peer(use_auto_relay=True, trusted_relays=relay)
+    (daemon,) = [each for each in daemons() if each not in before]
+    assert {"-relay=1", "-autoRelay=1", f"-trustedRelays={relay[0]}"} <= set(daemon.cmdline())
+    start_peer(use_relay=False)
+    assert sum("-relay=0" in each.cmdline() for each in daemons()) == 1
+
+
+def test_ipfs_is_asked_for_peers_by_their_ids(monkeypatch, start_peer):
+    """The network itself is not here; what is asked of hivemind is, and what it says then."""
+    asked = {}
+
+    class Offline:
+        def __init__(self, **options):
+            asked.update(options)
+
+        def run_in_background(self, **_):
+            raise RuntimeError("Daemon failed to start: failed to connect to bootstrap peers")
+
+        def join(self, timeout):
+            pass
+
+        def is_alive(self):
+            return False
+
+    monkeypatch.setattr("collab.peer.DHT", Offline)
+    with pytest.raises(UserError, match="IPFS' public network"):
+        start_peer(use_ipfs=True, initial_peers=[f"/p2p/{SOMEBODY}"])
+    assert asked["use_ipfs"] is True and asked["initial_peers"] == [f"/p2p/{SOMEBODY}"]
+    place = f"/ip4/93.184.216.34/tcp/31337/p2p/{SOMEBODY}"
+    with pytest.raises(UserError, match=f"--initial_peers /p2p/{SOMEBODY}"):
+        start_peer(use_ipfs=True, initial_peers=[place])
+    with pytest.raises(UserError, match="--use_ipfs true"):
+        start_peer(initial_peers=[f"/p2p/{SOMEBODY}"])
 
 
 def test_the_garbage_collector_does_not_end_a_question_to_the_daemon(start_peer):
@@ -289,6 +343,7 @@ def test_a_peer_that_hands_out_no_manifest_is_named(pair, tmp_path, content):
         ("initial_peers", "/ip4/203.0.113.7/tcp/31337"),
         ("initial_peers", f"/ip4/203.0.113.777/tcp/31337/p2p/{SOMEBODY}"),
         ("initial_peers", "/ip4/203.0.113.7/tcp/31337/p2p/QmNobody"),
+        ("trusted_relays", "/ip4/203.0.113.7/tcp/31337"),
         ("host_maddrs", "/ip4/0.0.0.0/tcp/99999"),
         ("host_maddrs", "0.0.0.0"),
         ("announce_maddrs", "/ip4/example.org/tcp/1"),

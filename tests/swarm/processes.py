@@ -15,16 +15,21 @@ LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
 
 
 class Program:
-    """One running program with its log file."""
+    """One running program with its log file; `prefix` is what to start it with, such as `ip netns exec NAME`."""
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.name, self.log = name, log
         self._file = log.open("wb")
         own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [*prefix, sys.executable, *command],
             stdout=self._file,
             stderr=self._file,
             cwd=ROOT,
