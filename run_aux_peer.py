@@ -15,6 +15,7 @@ from typing import Any
 
 from arguments import AGREED, AuxArguments, PeerArguments, agreed_settings, parse, pick, refuse_contradictions
 from collab.assistant import Assistant
+from collab.bandwidth import serve_bandwidth
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
 from collab.files import write_text
@@ -67,6 +68,7 @@ def main() -> None:
             run_folder = Path(mine.run_folder or f"runs/{settings['run_id']}")
         folder = manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
+        serve_bandwidth(peer)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)

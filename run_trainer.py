@@ -21,6 +21,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.agreement import sketch
+from collab.bandwidth import serve_bandwidth
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, show_log
 from collab.device import pick_device, pick_precision
@@ -69,6 +70,7 @@ def main() -> None:
             manifest = Manifest(settings, find_task(settings["task"]).prepare(settings, cache_dir))
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
+        serve_bandwidth(peer)
         run_id, last_step = settings["run_id"], settings["max_global_steps"]
         peer.dht.add_validators(metrics_validators(run_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
