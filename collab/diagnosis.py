@@ -78,7 +78,7 @@ def diagnose_peers(addresses: Sequence[str], timeout: float = 12.0) -> list[Peer
     if answers is None:
         why = "it could not be dialled: libp2p's daemon hangs on this computer"
         answers = [PeerFinding(_name(a), "unknown", f"{a}: {why}.", address=a) for a in addresses]
-    someone_is_good = any(answer.verdict == "ok" for answer in answers)
+    someone_is_good = any(answer.verdict == "ok" and not _too_far(answer.clock_ahead) for answer in answers)
     offset = most_likely_offset(answers)
     return [_in_context(answer, offset, someone_is_good) for answer in answers]
 
@@ -94,7 +94,7 @@ def clock_finding(answers: Iterable[PeerFinding]) -> Finding:
     offset = most_likely_offset(answers)
     if offset is None:
         return Finding("clock", "unknown", "Not compared: no peer answered.")
-    if abs(offset) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
+    if _too_far(offset):
         return Finding.of_error("clock", ValueError(wrong_clock(offset)))
     what = f"{'Behind' if offset < 0 else 'Ahead of'} the peers' clocks by {abs(offset):.1f} seconds"
     if abs(offset) > TOLERATED_SECONDS:
@@ -130,9 +130,9 @@ def why_not_joined(addresses: Sequence[str], reason: str) -> str:
     """
     findings = diagnose_peers(addresses)
     offset = most_likely_offset(findings)
-    if offset is None:  # nobody answers any more
+    if offset is None:  # nobody answers, or nobody any more
         offset = offset_in(reason) or 0.0
-    if abs(offset) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
+    if _too_far(offset):
         return wrong_clock(offset)
     listing = "\n  ".join(finding.message for finding in findings)
     advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
@@ -338,15 +338,18 @@ async def _serves_manifest(p2p: P2P, peer: PeerID, timeout: float) -> bool:
 
 def _in_context(answer: PeerFinding, offset: float | None, someone_is_good: bool) -> PeerFinding:
     """What an answer means beside those of the other addresses."""
-    ahead = answer.clock_ahead
-    if ahead is not None and offset is not None and abs(ahead) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        apart = f"its clock and this computer's are {abs(ahead):.1f} seconds apart"
-        mine = abs(offset) > MAX_DHT_TIME_DISCREPANCY_SECONDS
-        advice = HOW_TO_SET_IT if mine else "Others agree with this clock: leave that address out, and tell its owner."
+    if _too_far(answer.clock_ahead):
+        apart = f"its clock and this computer's are {abs(answer.clock_ahead or 0.0):.1f} seconds apart"
+        others_agree = "Others agree with this clock: leave that address out, and tell its owner."
+        advice = HOW_TO_SET_IT if _too_far(offset) else others_agree
         return replace(answer, verdict="failed", message=f"{answer.message[:-1]}, but {apart}.", advice=advice)
     if answer.verdict == "failed" and someone_is_good:
         return replace(answer, verdict="warning")
     return answer
+
+
+def _too_far(offset: float | None) -> bool:
+    return offset is not None and abs(offset) > MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 
 def _name(address: str) -> str:

@@ -52,8 +52,7 @@ WIRE_BYTES = {"none": 4.0, "scaled_float16": 2.0, "float16": 2.0, "int8": 1.01} 
 def main() -> None:
     given = parse(__doc__ or "", (PeerArguments, TrainerArguments, *AGREED))
     network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
-    logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # what matters of it comes back as a finding
-    os.environ["DATASETS_VERBOSITY"] = "error"
+    silence_libraries()
     guard_children()
     report = Report()
 
@@ -78,6 +77,12 @@ def main() -> None:
             "\nOnly this computer was looked at: give --initial_peers ADDRESS to look at a run as well."
         )
     report.end(network.initial_peers)
+
+
+def silence_libraries() -> None:
+    """What matters of their messages comes back as a finding."""
+    logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+    os.environ["DATASETS_VERBOSITY"] = "error"
 
 
 class Report:
@@ -173,7 +178,7 @@ def check_swarm(report: Report, given: Mapping[str, Any], network: PeerArguments
         return
     with contextlib.closing(peer):
         visit = Visit(peer, Path(network.cache_dir))
-        report.run("run", lambda: visit.check_run(given))
+        report.run("run", lambda: visit.check_run(given), seconds=60.0)
         report.run("reachable", lambda: check_reachable(peer))
         if visit.manifest:
             report.run("data", visit.check_data, seconds=60.0)
@@ -199,6 +204,7 @@ class Visit:
         settings = manifest.settings
         refuse_contradictions(given, settings)
         manifest.refuse_other_versions()
+        find_task(settings["task"]).refuse_other_files(given, manifest.unpack(self.cache_dir))
         self.manifest = manifest
         self.peer.dht.add_validators(metrics_validators(settings["run_id"]))
         records = read_records(self.peer, settings["run_id"])

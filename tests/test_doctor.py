@@ -11,6 +11,7 @@ from collab.bandwidth import Bandwidth
 from collab.diagnosis import Finding
 from collab.errors import UserError
 from collab.manifest import Manifest
+from scripts import doctor
 from scripts.doctor import Report, Visit, check_hub_token, check_wandb_login, reachable_finding
 from tests.hub_server import HubServer
 from tests.swarm.conftest import TINY_MODEL
@@ -107,6 +108,23 @@ def test_what_others_say_about_this_computers_port(verdict: str, mark: str, word
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
+
+
+def test_without_an_address_only_this_computer_is_looked_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: HubServer
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("sys.argv", ["doctor.py", "--device", "cpu", "--cache_dir", str(tmp_path / "file" / "cache")])
+    for of_the_whole_process in ("silence_libraries", "guard_children"):
+        monkeypatch.setattr(doctor, of_the_whole_process, lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert "Only this computer was looked at" in printed and "The swarm" not in printed and "hf_secret" not in printed
+    assert printed.count("\n  failed ") == 2, printed
+    assert "disk: What stood there before is untouched." in printed and "Hub token: Log in again" in printed
 
 
 def test_whatever_happens_in_a_check_becomes_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
