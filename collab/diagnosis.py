@@ -206,7 +206,7 @@ async def _diagnose(address: str, timeout: float) -> PeerFinding:
     except _Fault as fault:
         return replace(finding, message=f"{address}: {fault.what}.", advice=fault.advice)
     except Exception as error:  # noqa: BLE001 - the verdicts on the other addresses must not be lost
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) or type(error).__name__
         return replace(finding, verdict="unknown", message=f"{address}: it could not be dialled ({reason}).")
 
 
@@ -214,7 +214,7 @@ async def _try_tcp(address: Multiaddr, timeout: float) -> None:
     """Whether anybody listens there: the operating system says it more exactly than libp2p passes on."""
     parts = [(protocol.name, value) for protocol, value in address.items()]
     if len(parts) < 3:
-        raise _Fault("it names no computer and port", f"Copy the whole line. {NEW_ADDRESS}")
+        raise ValueError("it names no computer and port")
     [kind, host], [port_kind, port], *_ = parts
     if kind not in ("ip4", "ip6", "dns", "dns4", "dns6") or port_kind != "tcp":
         return  # then only libp2p can tell

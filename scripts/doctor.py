@@ -133,11 +133,13 @@ class Report:
         for number, (advice, checks) in enumerate(todo.items(), 1):
             text = f"{', '.join(checks)}: {advice}"
             self.console.line(f"  {number}. {self._wrapped(text, 5)}")
+        unclear = any(finding.verdict == "unknown" for finding in self.findings)
+        fine = "Nothing was found that stands in the way" if unclear else "Everything is fine"
         if not failed and initial_peers:
-            opening = "These are only warnings; you can join" if todo else "Everything is fine. Join"
+            opening = "These are only warnings; you can join" if todo else f"{fine}. Join"
             self.console.line(f"\n{opening} with:\n\n  python run_trainer.py {shlex.join(sys.argv[1:])}")
         elif not todo:
-            self.console.line("\nEverything is fine.")
+            self.console.line(f"\n{fine}.")
         if failed:
             sys.exit(1)
 
@@ -162,17 +164,18 @@ def check_swarm(report: Report, given: Mapping[str, Any], network: PeerArguments
         report.add(answer)
     report.add(clock_finding(answers))
     good = [answer.address for answer in answers if answer.verdict == "ok"]
-    if not good:
+    unclear = [answer.address for answer in answers if answer.verdict == "unknown"]
+    if not good and not unclear:
         report.add(Finding("run", "unknown", "Not looked at: no peer can be joined through."))
         return
-    if network.identity_path and Path(network.identity_path).exists():
+    if good and network.identity_path and Path(network.identity_path).exists():
         identity_path = network.identity_path
         report.run("identity", lambda: identity_finding(identity_path, good))
 
     report.console.live("  joining ...")
     try:
         # Under another name, so that a trainer with this identity may go on; on the port that the trainer will take.
-        peer = Peer(**network.peer_options() | {"initial_peers": good, "identity_path": None})
+        peer = Peer(**network.peer_options() | {"initial_peers": good + unclear, "identity_path": None})
     except UserError as error:
         report.add(Finding.of_error("joining", error))
         return

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from arguments import agreed_settings
+from arguments import PeerArguments, TrainerArguments, agreed_settings
 from collab.bandwidth import Bandwidth
 from collab.diagnosis import Finding
 from collab.errors import UserError
 from collab.manifest import Manifest
 from scripts import doctor
-from scripts.doctor import Report, Visit, check_hub_token, check_wandb_login, reachable_finding
+from scripts.doctor import Report, Visit, check_hub_token, check_swarm, check_wandb_login, reachable_finding
 from tests.hub_server import HubServer
 from tests.swarm.conftest import TINY_MODEL
 
@@ -125,6 +125,13 @@ def test_without_an_address_only_this_computer_is_looked_at(
     assert "Only this computer was looked at" in printed and "The swarm" not in printed and "hf_secret" not in printed
     assert printed.count("\n  failed ") == 2, printed
     assert "disk: What stood there before is untouched." in printed and "Hub token: Log in again" in printed
+
+
+def test_an_address_that_is_none_is_refused_as_the_trainer_refuses_it(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    check_swarm(report, {}, PeerArguments(initial_peers=["nonsense"]), TrainerArguments())
+    assert [finding.check for finding in report.findings if finding.verdict == "failed"] == ["joining"]
+    assert "'nonsense' is not an address" in capsys.readouterr().out
 
 
 def test_whatever_happens_in_a_check_becomes_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
