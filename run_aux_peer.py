@@ -25,6 +25,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.assistant import Assistant
+from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, bar, duration, show_log
@@ -98,6 +99,7 @@ def main() -> None:
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
         write_bytes(run_folder / KEPT, manifest.signed)
         manifest.serve(peer, folder)
+        serve_bandwidth(peer)
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader

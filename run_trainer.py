@@ -21,6 +21,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.agreement import sketch
+from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, Stages, show_log
@@ -75,6 +76,7 @@ def main() -> None:
         manifest.serve(peer, folder)
         run_id = settings["run_id"]
         precision = pick_precision(mine.precision, device, settings["precisions"])
+        serve_bandwidth(peer)
         peer.dht.add_validators(metrics_validators(run_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]

@@ -62,6 +62,11 @@ def _in_words(offset: float) -> str:
     return f"{abs(offset):.1f} seconds {'ahead of' if offset > 0 else 'behind'} its peers'"
 
 
+def clock_ahead(asked: float, told: float, answered: float) -> float:
+    """Seconds that this clock is ahead of another, at least: that one was read at some moment in between."""
+    return max(asked - told, 0.0) or min(answered - told, 0.0)
+
+
 async def _offsets(_dht: DHT, node: DHTNode, peers: Sequence[str]) -> list[float]:
     """Runs in the DHT's process. Seconds that this clock is ahead of each peer that answers, at least."""
 
@@ -69,8 +74,7 @@ async def _offsets(_dht: DHT, node: DHTNode, peers: Sequence[str]) -> list[float
         asked = get_dht_time()
         stub = node.protocol.get_stub(PeerID.from_base58(peer))
         answer = await asyncio.wait_for(stub.rpc_ping(dht_pb2.PingRequest()), ANSWER_SECONDS)
-        # The other clock was read at some moment in between.
-        return max(asked - answer.dht_time, 0.0) or min(get_dht_time() - answer.dht_time, 0.0)
+        return clock_ahead(asked, answer.dht_time, get_dht_time())
 
     answers = await asyncio.gather(*map(ask, peers), return_exceptions=True)
     return [answer for answer in answers if isinstance(answer, float)]

@@ -25,7 +25,6 @@ from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.networking import choose_ip_address
 
-from collab.clock import offset_in, wrong_clock
 from collab.errors import UserError
 from collab.files import replacing
 
@@ -333,30 +332,30 @@ def _load_or_make_identity(path: Path) -> RSAPrivateKey:
         ) from error
 
 
+def identity_in_use(path: str | Path) -> str:
+    """The message for a person who starts two peers with one identity."""
+    return (
+        f"The identity in {path} is used by another running peer. Stop that one, or start this one with another "
+        f"--identity_path (a new file is made by itself)."
+    )
+
+
 def _why_not_started(
     error: Exception, initial_peers: Sequence[str], host_maddrs: Sequence[str], identity: Path, timeout: float
 ) -> str:
     reason = str(error) or type(error).__name__
     lowered = reason.lower()
     if "already taken" in lowered:
-        return (
-            f"The identity in {identity} is used by another running peer. Stop that one, or start this one with "
-            f"another --identity_path (a new file is made by itself)."
-        )
+        return identity_in_use(identity)
     if "failed to listen" in lowered:
         return (
             f"Cannot listen on {' '.join(host_maddrs)}: {reason}. The address may not be this computer's. Give another "
             f"one in --host_maddrs, for example /ip4/0.0.0.0/tcp/0."
         )
-    if (offset := offset_in(reason)) is not None:
-        return wrong_clock(offset)
     if initial_peers:
-        dead = "\n  ".join(initial_peers)
-        return (
-            f"No peer of the swarm answered. Tried:\n  {dead}\nThey may be gone, behind a firewall, or the clocks are "
-            f"more than 3 seconds apart (this one says {time.strftime('%H:%M:%S', time.gmtime())} UTC). Ask the "
-            f"organizer for a current address and start again. (The network said: {reason})"
-        )
+        from collab.diagnosis import why_not_joined  # it knows the manifest, which knows this module
+
+        return why_not_joined(initial_peers, reason)
     return (
         f"The libp2p daemon did not start within {timeout:.0f} seconds: {reason}. On a slow machine give a larger "
         f"--startup_timeout."

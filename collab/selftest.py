@@ -71,19 +71,26 @@ def _broken(name: str, what: str) -> UserError:
 
 def raise_file_limit(wanted: int = OPEN_FILES) -> None:
     """Let this process and its children open `wanted` files, or as many as the system admits; then it warns."""
+    possible = possible_files(wanted)
+    if possible < wanted:
+        logger.warning("%s", too_few_files(possible, wanted))
+
+
+def possible_files(wanted: int = OPEN_FILES) -> int:
+    """Raise this process's limit on open files to `wanted`, as far as the system admits; returns what it is then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+        return max(soft, wanted)
     possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if possible > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
-    if possible < wanted:
-        logger.warning(
-            "This peer can open %d files, fewer than %d: in a large swarm it may lose connections ('Too many open "
-            "files'). To raise the limit, run `ulimit -n %d` as root in the shell that starts it, or add the line "
-            "`* hard nofile %d` to /etc/security/limits.conf and log in again.",
-            possible,
-            wanted,
-            wanted,
-            wanted,
-        )
+    return possible
+
+
+def too_few_files(possible: int, wanted: int = OPEN_FILES) -> str:
+    """The message for a person whose system admits fewer open files than a large swarm needs."""
+    return (
+        f"This peer can open {possible} files, fewer than {wanted}: in a large swarm it may lose connections ('Too "
+        f"many open files'). To raise the limit, run `ulimit -n {wanted}` as root in the shell that starts it, or add "
+        f"the line `* hard nofile {wanted}` to /etc/security/limits.conf and log in again."
+    )

@@ -85,6 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
+    def whoami(self, body: bytes) -> None:
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self._answer(401, {"error": "Invalid username or password."})
+        self._answer(200, {"type": "user", "name": "asha", "orgs": []})
+
     def create_repo(self, body: bytes) -> None:
         wanted = json.loads(body)
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
@@ -190,6 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create_repo),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("POST", rf"/api/models/{_NAME}/preupload/([^/]+)", _Handler.preupload),

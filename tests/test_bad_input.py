@@ -235,7 +235,7 @@ def test_a_port_in_use(message_of):
 
 def test_peers_that_do_not_answer(message_of):
     address = f"/ip4/127.0.0.1/tcp/9/p2p/{SOMEBODY}"
-    assert address in message_of("run_trainer.py", "--initial_peers", address)
+    assert f"{address}: 127.0.0.1 is there, but nobody" in message_of("run_trainer.py", "--initial_peers", address)
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------

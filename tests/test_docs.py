@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     "run_trainer.py": (*AGREED, PeerArguments, TrainerArguments),
+    "scripts/doctor.py": (*AGREED, PeerArguments, TrainerArguments),
     "run_aux_peer.py": (*AGREED, PeerArguments, AuxArguments),
 }
 

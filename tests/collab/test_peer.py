@@ -401,7 +401,7 @@ def test_peers_that_do_not_answer_are_listed(guarded):
         began = time.monotonic()
         message = refusal(Peer, host_maddrs=[LOOPBACK], nat_port_map=False, initial_peers=dead, startup_timeout=20.0)
     assert time.monotonic() - began < 20
-    assert dead[0] in message and "UTC" in message
+    assert dead[0] in message and "nobody listens" in message
 
 
 def test_a_peer_that_accepts_but_says_nothing_is_listed(guarded):
@@ -412,7 +412,7 @@ def test_a_peer_that_accepts_but_says_nothing_is_listed(guarded):
         dead = [f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}/p2p/{SOMEBODY}"]
         began = time.monotonic()
         message = refusal(Peer, host_maddrs=[LOOPBACK], nat_port_map=False, initial_peers=dead, startup_timeout=4.0)
-    assert time.monotonic() - began < 12 and dead[0] in message
+    assert time.monotonic() - began < 4 + 15 + 5 and dead[0] in message and "does not answer as libp2p does" in message
 
 
 def test_another_peer_at_the_address_is_refused(start_peer):
