@@ -223,7 +223,9 @@ class PeerArguments:
         None, "File with the key that makes the peer id; it is made if it does not exist. Two peers cannot share one."
     )
     bandwidth: float | None = option(
-        None, "Mbit/s of this computer's link: its share of the averaging work follows it. 0: others do all of it."
+        None,
+        "Mbit/s of this computer's link in its slower direction: its share of the averaging work follows it. 0: others "
+        "do all of it. Left out: what is measured, or else what is usual in the group.",
     )
     startup_timeout: float = option(60.0, "Seconds that the network may take to start and to reach the first peer.")
     cache_dir: str = option("~/.cache/samiti", "Folder for the run's files and for prepared text.")
