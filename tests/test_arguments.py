@@ -240,7 +240,7 @@ IMPOSSIBLE = [
     (PeerArguments, "startup_timeout", 0.0),
     (PeerArguments, "bandwidth", -1.0),
     (TrainerArguments, "public_name", "x" * 41),
-    (TrainerArguments, "micro_batch_size", 0),
+    (TrainerArguments, "micro_batch_size", -1),
     (TrainerArguments, "threads", -1),
     (AuxArguments, "report_to", ["tensorbored"]),
     (AuxArguments, "save_every", 0),
