@@ -247,7 +247,9 @@ class PeerArguments:
         None, "File with the key that makes the peer id; it is made if it does not exist. Two peers cannot share one."
     )
     bandwidth: float | None = option(
-        None, "Mbit/s of this computer's link: its share of the averaging work follows it. 0: others do all of it."
+        None,
+        "Mbit/s of this computer's link in its slower direction: its share of the averaging work follows it. 0: others "
+        "do all of it. Left out: what is measured, or else what is usual in the group.",
     )
     startup_timeout: float = option(60.0, "Seconds that the network may take to start and to reach the first peer.")
     cache_dir: str = option("~/.cache/samiti", "Folder for the run's files and for prepared text.")
@@ -288,14 +290,16 @@ class TrainerArguments:
         "Precision of the forward and backward pass. auto: bfloat16 on GPUs that have it, float16 on older "
         "ones, float32 on CPUs.",
     )
-    micro_batch_size: int = option(16, "Samples in one forward and backward pass. Lower it if memory runs out.")
+    micro_batch_size: int = option(
+        0, "Samples in one forward and backward pass; halved when memory runs out. 0: measured in the first seconds."
+    )
     threads: int = option(0, "CPU threads of the training step; 0 leaves it to PyTorch.")
     offload_optimizer: bool = option(False, "Keep the optimizer's state in RAM instead of in the GPU's memory.")
     save_dir: str | None = option(None, "Folder that gets this peer's last weights when it leaves.")
 
     def __post_init__(self) -> None:
         require(len(self.public_name) <= 40, "public_name", self.public_name, "at most 40 characters")
-        require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+        require(self.micro_batch_size >= 0, "micro_batch_size", self.micro_batch_size, "0 (measured) or more")
         require(self.threads >= 0, "threads", self.threads, "0 or more")
 
 

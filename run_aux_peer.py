@@ -112,6 +112,7 @@ def main() -> None:
             weight_decay_groups(task.model, settings["weight_decay"]),
             settings,
             swarm_id=manifest.swarm_id,
+            bandwidth=network.bandwidth,
             auxiliary=True,
         )
         stop.listen()

@@ -6,6 +6,7 @@ ADDRESS is the line that the run's auxiliary peer prints. Without it, a new run 
 """
 
 import contextlib
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.agreement import sketch
-from collab.bandwidth import serve_bandwidth
+from collab.bandwidth import measure_in_background, serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, Stages, show_log
@@ -36,8 +37,9 @@ from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
 from collab.selftest import self_test
+from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
 from collab.watch import ModelWatch
-from tasks import find_task
+from tasks import Batch, find_task
 
 
 def main() -> None:
@@ -110,13 +112,40 @@ def main() -> None:
         autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
-
+        if network.bandwidth is None and not peer.on_loopback_only:
+            measure_in_background(peer, optimizer.use_measured_bandwidth)
         stages.done("model")
+
+        def compute_gradients(batch: Batch) -> torch.Tensor:
+            batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+            optimizer.zero_grad()
+            with autocast:
+                loss = task.loss(batch)
+            scaler.scale(loss).backward()
+            return loss.detach()
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
+            # With the step in its place, a peer that comes back does not see its first samples again.
+            place = f"{peer.peer_id}/{max(optimizer.local_epoch, optimizer.tracker.global_epoch)}"
+            micro_batch = MicroBatch(mine.micro_batch_size or TRIAL_SAMPLES)
+            batches = task.batches(micro_batch, place)
+            if mine.micro_batch_size == 0:  # before the state is taken over, which would be old afterwards
+                trial = next(batches)
+                tuned = tune_micro_batch(
+                    compute_gradients,
+                    task.model,
+                    trial,
+                    target_batch_size=settings["target_batch_size"],
+                    matchmaking_time=settings["matchmaking_time"],
+                )
+                console.line(tuned.as_line())
+                micro_batch.size = tuned.size
+                batches = chain(split(trial, micro_batch), batches)
+                optimizer.tracker.performance_ema.reset_timer()  # this was no training
+                stages.done("tuning")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
             if resumed or network.initial_peers:
@@ -125,26 +154,26 @@ def main() -> None:
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
-            # With the step in its place, a peer that comes back does not see its first samples again.
-            batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
             while not stop and step < settings["max_global_steps"]:
                 if (wanted := changes.manifest.settings_at(step)) != settings:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
                     settings = task.settings = wanted
                     optimizer.adopt(settings)
-                    batches = task.batches(mine.micro_batch_size, place=f"{peer.peer_id}/{step}")
+                    batches = task.batches(micro_batch, f"{peer.peer_id}/{step}")
                     continue
-                batch = {key: tensor.to(device, non_blocking=True) for key, tensor in next(batches).items()}
-                optimizer.zero_grad()
-                with autocast:
-                    loss = task.loss(batch)
-                scaler.scale(loss).backward()
+                batch = next(batches)
+                loss = unless_out_of_memory(compute_gradients, batch)
+                if loss is None:
+                    micro_batch.halve()
+                    batches = chain(split(batch, micro_batch), batches)
+                    console.line(f"Memory ran out; from now on micro-batches have {micro_batch.size} samples")
+                    continue
                 if scaler.is_enabled():
                     scaler.unscale_(optimizer)
                 if gradients_are_finite(task.model):
-                    loss_sum += loss.item() * mine.micro_batch_size
-                    samples += mine.micro_batch_size
-                    optimizer.step(batch_size=mine.micro_batch_size)
+                    loss_sum += loss.item() * size_of(batch)
+                    samples += size_of(batch)
+                    optimizer.step(batch_size=size_of(batch))
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
                     if skipped & (skipped - 1) == 0:  # at 1, 2, 4, 8, ... of them

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import logging
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +14,9 @@ from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from collab.peer import DAEMON_SECONDS, Peer
+from collab.peer import DAEMON_SECONDS, Peer, peer_id_in
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "samiti/bandwidth/1"
 """A request is one byte (DOWN or UP) and the number of bytes. The answer is one byte (GO or BUSY). Then so many bytes
@@ -54,6 +59,23 @@ def measure_bandwidth(peer: Peer, peer_id: str, timeout: float = 30.0) -> Bandwi
     if isinstance(answer, str):
         raise OSError(answer)
     return Bandwidth(*answer)
+
+
+def measure_in_background(peer: Peer, then: Callable[[float], None]) -> None:
+    """Measure the link to the first of the initial peers that lets it be measured, beside everything else.
+
+    :param then: gets Mbit/s of the slower direction, from another thread; not called if nobody could be measured.
+    """
+
+    def measure() -> None:
+        for peer_id in dict.fromkeys(map(peer_id_in, peer.initial_peers)):
+            with contextlib.suppress(OSError, TimeoutError):
+                link = measure_bandwidth(peer, peer_id)
+                logger.info("Link to peer %s: %.1f Mbit/s down, %.1f up", peer_id[-6:], link.down, link.up)
+                then(min(link.down, link.up))
+                return
+
+    threading.Thread(target=measure, name="bandwidth", daemon=True).start()
 
 
 # ---- coroutines that run inside the DHT's process (see collab/peer.py) -------------------------------------------

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from collab.averager import Averager, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.lamb import Lamb
+from collab.link import Link
 from collab.matchmaking import LeftBehind
 from collab.metrics import MAX_REASON
 from collab.peer import Peer
@@ -221,8 +222,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     """How often this peer took over the state of another one."""
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
-    def __init__(self, *, guard: StepGuard, quorum: float, failed_round: str, **kwargs: Any) -> None:
-        self.guard, self.quorum, self.failed_round = guard, quorum, failed_round
+    def __init__(self, *, guard: StepGuard, link: Link, quorum: float, failed_round: str, **kwargs: Any) -> None:
+        self.guard, self.link, self.quorum, self.failed_round = guard, link, quorum, failed_round
         self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
         self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
@@ -332,12 +333,26 @@ class SwarmOptimizer(hivemind.Optimizer):
             if not control.done():
                 control.cancel()
             return None, error
+        self.link.after_round(tally.bytes_received, tally.busy_seconds)
+        self._announce_link()
         self._expected = max(self._expected, tally.expected)
         # More than the quorum, or both halves of a split swarm would go on, each with a model of its own.
         enough = len(tally.peers) > self.quorum * self._expected or len(tally.peers) >= self._expected
         if enough or self.auxiliary:
             return tally, None
         return tally, RoundFailed(f"met {len(tally.peers)} of {self._expected} peers, less than the quorum")
+
+    def use_measured_bandwidth(self, mbits: float) -> None:
+        """Let this peer's share of the averaging follow what was measured; what the person has said comes first.
+
+        :param mbits: Mbit/s of the slower direction.
+        """
+        self.link.measured = mbits
+        self._announce_link()
+
+    def _announce_link(self) -> None:
+        for averager in (self.state_averager, self.grad_averager):
+            averager.bandwidth = self.link.mbits  # goes to the others with the next round's request
 
     def _look_who_is_there(self) -> None:
         """Ask at once how many peers live and how far they are; the tracker does not while updates are paused."""
@@ -520,7 +535,8 @@ def make_optimizer(
     :param settings: the agreed arguments of the run (`OptimizerArguments`, `SwarmArguments`, run id and length).
     :param swarm_id: name under which peers find each other; only peers with the same one average together.
     :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM.
-    :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: as much as the others on average.
+    :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: what `use_measured_bandwidth` is told
+      later, and until then as much as the others usually have.
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
     """
     for group in param_groups:
@@ -550,6 +566,7 @@ def make_optimizer(
     )
     swarm_optimizer = SwarmOptimizer(
         guard=guard,
+        link=Link(bandwidth),
         quorum=settings["quorum"],
         failed_round=settings["failed_round"],
         dht=peer.dht,

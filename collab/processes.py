@@ -5,12 +5,14 @@ import ctypes
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 from collab.errors import UserError
+
+NOTICE_SECONDS = 0.05
 
 
 class StopSignal:
@@ -21,7 +23,9 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # No threading.Event: its lock is held for a moment when somebody begins to wait for it, and a handler that
+        # runs just then waits for that lock for ever, in the very thread that holds it.
+        self._asked = False
 
     def listen(self) -> None:
         """Take over SIGINT and SIGTERM. Main thread only."""
@@ -29,17 +33,20 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
+        if self._asked:
             raise KeyboardInterrupt
-        self._event.set()
+        self._asked = True
         print("\nLeaving the swarm (once more to leave at once) ...", file=sys.stderr, flush=True)
 
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return self._asked
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for `seconds` at most; True at once when a signal came."""
-        return self._event.wait(seconds)
+        """Sleep for `seconds` at most; True soon after a signal came."""
+        give_up = time.monotonic() + seconds
+        while not self._asked and (left := give_up - time.monotonic()) > 0:
+            time.sleep(min(left, NOTICE_SECONDS))
+        return self._asked
 
 
 def guard_children() -> None:

@@ -1,7 +1,7 @@
 """What is trained: the Task protocol, and the registry that finds a task by its name."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import torch
 from collab.errors import UserError
 
 Batch = dict[str, torch.Tensor]
+"""The first dimension of each tensor is that of the samples."""
 
 TASKS = {"mlm": "tasks.mlm.task:MaskedLM"}
 """Name in a run's YAML: where its class is. A new task is one folder and one line here."""
@@ -51,10 +52,10 @@ class Task(Protocol):
         :param folder: holds the files that `prepare` returned.
         """
 
-    def batches(self, micro_batch_size: int, place: str) -> Iterator[Batch]:
+    def batches(self, micro_batch_size: Callable[[], int], place: str) -> Iterator[Batch]:
         """An endless stream of micro-batches.
 
-        :param micro_batch_size: samples in each of them.
+        :param micro_batch_size: samples in the next one; asked for each of them, because it may change.
         :param place: where in the data this peer is: peers with different places see different samples.
         """
 

@@ -267,7 +267,7 @@ IMPOSSIBLE = [
     (PeerArguments, "bandwidth", -1.0),
     (PeerArguments, "trusted_relays", ["/ip4/203.0.113.7/tcp/1/p2p/QmRelay"]),
     (TrainerArguments, "public_name", "x" * 41),
-    (TrainerArguments, "micro_batch_size", 0),
+    (TrainerArguments, "micro_batch_size", -1),
     (TrainerArguments, "threads", -1),
     (AuxArguments, "report_to", ["tensorbored"]),
     (AuxArguments, "save_every", 0),

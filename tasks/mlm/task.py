@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -75,7 +75,7 @@ class MaskedLM:
             if mine != its:
                 raise UserError(f"The tokenizer in your {name} has {mine}, but this run's has {its}. {_KEEP_OUT}")
 
-    def batches(self, micro_batch_size: int, place: str) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, micro_batch_size: Callable[[], int], place: str) -> Iterator[dict[str, torch.Tensor]]:
         seed = int.from_bytes(sha256(f"{self.settings['seed']} {place}".encode()).digest()[:8], "big")
         rng = np.random.default_rng(seed)
         texts = documents(
@@ -90,7 +90,7 @@ class MaskedLM:
         stream = instances(texts, self.tokenizer, self.settings["seq_length"], rng)
         while True:
             yield collate(
-                list(islice(stream, micro_batch_size)),
+                list(islice(stream, micro_batch_size())),
                 vocabulary,
                 mask_probability=self.settings["mask_probability"],
                 rng=rng,
@@ -134,7 +134,7 @@ def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> Non
     """One small forward pass: a config that no model can be built from should not open a run."""
     try:
         task = MaskedLM(settings, folder, cache_dir)
-        loss = task.loss(next(task.batches(2, place="trial")))
+        loss = task.loss(next(task.batches(lambda: 2, place="trial")))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise UserError(

@@ -20,6 +20,7 @@ import collab.optimizer
 from arguments import agreed_settings
 from collab.averager import StateAverager
 from collab.lamb import Lamb
+from collab.link import Link
 from collab.optimizer import CODECS, SwarmOptimizer, Tracker, linear_schedule, make_optimizer, weight_decay_groups
 
 PEER: Any = SimpleNamespace(dht=object(), private_key=object(), client_mode=True)
@@ -482,6 +483,14 @@ def test_leaving_waits_for_no_round_that_is_pending(cls) -> None:
     waited, cancelled = pending.result.number, pending.cancel.number
     assert (waited, cancelled) == ((0, 1) if cls is SwarmOptimizer else (1, 0))
     assert averager.shutdown.number == 2
+
+
+def test_a_measured_bandwidth_reaches_both_averagers_unless_the_person_has_given_one() -> None:
+    for given, used in ((None, 30.0), (5.0, 5.0), (0.0, 0.0)):
+        averagers = [SimpleNamespace(bandwidth=given) for _ in range(2)]
+        optimizer = bare(SwarmOptimizer, state_averager=averagers[0], grad_averager=averagers[1], link=Link(given))
+        optimizer.use_measured_bandwidth(30.0)
+        assert [averager.bandwidth for averager in averagers] == [used, used]
 
 
 def test_options_of_averaging_reach_both_averagers(build):

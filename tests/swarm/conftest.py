@@ -46,6 +46,7 @@ class Swarm:
             "state_compression": "none",
             "save_every": 100,
             "report_to": ["none"],
+            "micro_batch_size": 16,
         } | settings
         path = self.folder / "run.yaml"
         path.write_text(yaml.safe_dump(settings))
@@ -69,9 +70,8 @@ class Swarm:
         return program, (folder / "join.txt").read_text().split()[-1]
 
     def start_trainer(self, name: str, address: str, *arguments: str, program: str = "run_trainer.py") -> Program:
-        return self.start(
-            name, program, "--initial_peers", address, "--public_name", name, "--threads", "1", *arguments
-        )
+        own = ("--public_name", name, "--threads", "1", "--micro_batch_size", "16")
+        return self.start(name, program, "--initial_peers", address, *own, *arguments)
 
     def end(self) -> None:
         for program in reversed(self.programs):

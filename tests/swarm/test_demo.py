@@ -64,6 +64,8 @@ def test_the_swarm_averages_and_learns(demo: Path) -> None:
     assert summary["rounds_alone"] == 0
     assert summary["last_loss"] <= summary["first_loss"] - 1.5
     assert summary["join_command"].startswith("python run_trainer.py --initial_peers /ip4/")
+    for name in ("trainer-1", "trainer-2"):
+        assert "Micro-batch of" in (demo / "logs" / f"{name}.log").read_text()
 
 
 def test_both_trainers_end_with_the_same_weights(demo: Path) -> None:

@@ -123,7 +123,8 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
 
 def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> None:
     auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=4))
-    healthy = swarm.start_trainer("healthy", address)
+    # The healthy one has a fault of its own, which harms nobody.
+    healthy = swarm.start_trainer("healthy", address, program="tests/swarm/trainer_with_little_memory.py")
     faulty = swarm.start_trainer("faulty", address, program="tests/swarm/trainer_with_nan.py")
     assert [healthy.wait(), faulty.wait(), auxiliary.wait()] == [0, 0, 0], faulty.output()
     for tensor in weights(swarm.folder / "run" / "checkpoints" / "step-0000004").values():
@@ -131,6 +132,8 @@ def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> Non
     history = read_history(swarm.folder / "run" / "metrics.jsonl")
     assert history[-1]["peers_met"] == 2 and history[-1]["loss"] < history[0]["loss"]
     assert "dropped" in faulty.output() and "dropped" not in healthy.output()
+    halved = [line.split()[-2] for line in healthy.output().splitlines() if line.startswith("Memory ran out")]
+    assert halved == ["8", "4"] and "Memory ran out" not in faulty.output()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

@@ -33,6 +33,7 @@ from tests.swarm.processes import wait_until
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(90)]
 
 SECONDS = 30.0  # no round here may take longer
+RETRIES: dict[str, dict[str, bool]] = {"stock": {"allow_retries": False}, "ours": {}}  # ours never repeats a round
 BOTH = pytest.mark.parametrize("kind", ["stock", "ours"])
 lookups = multiprocessing.Value("i", 0)  # in the DHT, by all peers together
 
@@ -194,6 +195,25 @@ def test_all_peers_meet_although_one_begins_to_look_late(peers: list[Peer], run_
         else:
             assert [(len(tally.peers), tally.expected) for tally in results] == [(3, 3)] * 3
             assert averaged(one).mean() == averaged(late).mean() == pytest.approx(3.0)
+
+
+@BOTH
+@pytest.mark.parametrize("claims", [(10.0, -5.0), (0.0, 0.0)], ids=["a wild one", "nobody wants to average"])
+def test_what_peers_say_about_their_links_fails_no_round(
+    peers: list[Peer], run_id: str, kind: str, claims: tuple[float, float]
+) -> None:
+    """Stock hivemind asserts that they are sensible, and the round is lost for everybody."""
+    cls = Averager if kind == "ours" else GradientAverager
+    with averagers(cls, peers[:2], run_id) as [one, other]:
+        contribute(one, 1.0)
+        contribute(other, 3.0)
+        one.bandwidth, other.bandwidth = claims
+        rounds = [averager.schedule_step(timeout=SECONDS, **RETRIES[kind]) for averager in (one, other)]
+        for averager, control in zip((one, other), rounds, strict=True):
+            begin(averager, control)
+        failures = [control.exception(SECONDS) for control in rounds]
+        assert [failure is None for failure in failures] == [kind == "ours"] * 2, failures
+        assert torch.allclose(averaged(one), torch.full((1000,), 2.0)) is (kind == "ours")
 
 
 class _FailsOnce(DecentralizedAverager):
