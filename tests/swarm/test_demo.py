@@ -44,7 +44,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = Program("demo", [*command, "--cache_dir", str(cache)], folder.parent / "demo.log")
     try:
         program.wait_for_output("Others join with", timeout=120)
-        program.wait_for_output("step    3/40", timeout=120)
+        program.wait_for_output("step    3/50", timeout=120)
         assert program.wait(timeout=600) == 0, program.output()
     finally:
         program.end()
