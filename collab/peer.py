@@ -30,6 +30,7 @@ from collab.files import replacing
 
 logger = logging.getLogger(__name__)
 
+ANY_PORT = ("/ip4/0.0.0.0/tcp/0",)
 HEADER_BYTES = 8  # P2P.send_raw_data writes the length first, as so many big-endian bytes
 DAEMON_SECONDS = 10.0  # p2pd answers in milliseconds
 MAX_PAYLOAD_BYTES = 256 * 2**20  # what one peer may hand to another in one go; a tokenizer is well under 10 MiB
@@ -59,7 +60,7 @@ class Peer:
         self,
         *,
         initial_peers: Sequence[str] = (),
-        host_maddrs: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        host_maddrs: Sequence[str] = ANY_PORT,
         announce_maddrs: Sequence[str] = (),
         client_mode: bool = False,
         nat_port_map: bool = True,
@@ -80,7 +81,7 @@ class Peer:
             _check_port_is_free(address)
         self.initial_peers = list(initial_peers)
         self.host_maddrs = list(host_maddrs)
-        self.on_loopback_only = all("/ip4/127." in address for address in host_maddrs)
+        self.on_loopback_only = on_loopback_only(host_maddrs)
         self.proven_address: str | None = None
         """Where another peer has really reached this one, if one has tried (`collab.reachability`)."""
         self._session_folder = tempfile.TemporaryDirectory(prefix="samiti-") if identity_path is None else None
@@ -90,7 +91,7 @@ class Peer:
         self._identity_path, self._startup_timeout = path, startup_timeout
         self._dht_options = dict(
             initial_peers=self.initial_peers or None,
-            host_maddrs=self.host_maddrs,
+            host_maddrs=[_with_port(address) for address in host_maddrs],
             announce_maddrs=list(announce_maddrs) or None,
             nat_port_map=nat_port_map and not self.on_loopback_only,
             auto_nat=not self.on_loopback_only,
@@ -131,13 +132,13 @@ class Peer:
         self.client_mode = client_mode
         self.peer_id = str(dht.peer_id)
 
-    def become_client(self) -> None:
-        """Start anew as a peer that accepts no connections, with the same identity. Only before anybody uses `dht`.
+    def become_full(self) -> None:
+        """Start a client anew as a full peer, with the same identity and port. Only before anybody uses `dht`.
 
         :raises UserError: as when it was made.
         """
         self.dht.shutdown()
-        self._start(client_mode=True, check_if_identity_free=False)  # a moment ago it was ours
+        self._start(client_mode=False, check_if_identity_free=False)  # a moment ago it was ours
 
     @property
     def signature_key(self) -> bytes:
@@ -248,6 +249,11 @@ def peer_id_of_public_key(ssh_key: bytes) -> str:
     return str(PeerID(bytes([0x12, 32]) + sha256(content).digest()))  # a multihash: SHA-256, 32 bytes
 
 
+def on_loopback_only(host_maddrs: Sequence[str]) -> bool:
+    """Whether only this computer itself can connect to a peer that listens on these addresses."""
+    return all("/ip4/127." in address for address in host_maddrs)
+
+
 def own_ips() -> set[str]:
     """IP addresses of this computer's interfaces."""
     families = (socket.AF_INET, socket.AF_INET6)
@@ -310,6 +316,19 @@ def _check_port_is_free(address: str) -> None:
                 f"Cannot listen on {address}: {error.strerror}. Another program uses that port, or the address is not "
                 f"this computer's. Stop that program, or choose another port in --host_maddrs; 0 takes any free one."
             ) from error
+
+
+def _with_port(address: str) -> str:
+    """The address with a free port in place of port 0: a peer keeps its port when its node is started anew."""
+    found = re.fullmatch(r"/ip4/([\d.]+)/tcp/0", address)
+    if found is None:
+        return address
+    with socket.socket() as probe:
+        try:
+            probe.bind((found[1], 0))
+        except OSError:  # libp2p will say what is wrong with it
+            return address
+        return f"/ip4/{found[1]}/tcp/{probe.getsockname()[1]}"
 
 
 def _load_or_make_identity(path: Path) -> RSAPrivateKey:

@@ -25,7 +25,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from collab.errors import UserError
-from collab.peer import DAEMON_SECONDS, HEADER_BYTES, Peer, own_ips, peer_id_in
+from collab.peer import ANY_PORT, DAEMON_SECONDS, HEADER_BYTES, Peer, on_loopback_only, own_ips, peer_id_in
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,12 @@ def start_peer(
             "client_mode is true, but an auxiliary peer must accept connections: others join and average through it. "
             "Leave --client_mode out, or run this program on a computer with an open port."
         )
-    peer = Peer(client_mode=bool(client_mode), **options)
+    in_network = even_on_loopback or not on_loopback_only(options.get("host_maddrs", ANY_PORT))
+    asks = client_mode is None and bool(options.get("initial_peers")) and in_network
+    # It asks as a client: a full peer is passed on in the DHT at once, and others would lose seconds in dialing it.
+    peer = Peer(client_mode=bool(client_mode) or asks, **options)
     try:
-        if client_mode is None and peer.initial_peers and (even_on_loopback or not peer.on_loopback_only):
+        if asks:
             found = check_reachability(peer, even_on_loopback=even_on_loopback)
             if found.verdict == "reachable":
                 peer.proven_address = f"{found.address}/p2p/{peer.peer_id}"
@@ -94,7 +97,8 @@ def start_peer(
                 logger.warning(unreachable_auxiliary_message(found, peer.host_maddrs))
             else:
                 logger.warning(client_message(found, peer.host_maddrs))
-                peer.become_client()
+            if found.verdict != "unreachable" or must_accept:
+                peer.become_full()
         if not peer.client_mode:
             serve_dial_back(peer)
     except BaseException:
@@ -110,8 +114,6 @@ def check_reachability(peer: Peer, timeout: float = 20.0, even_on_loopback: bool
       packets in six.
     :param even_on_loopback: ask also if this peer listens on 127.0.0.1 only, where the question makes little sense.
     """
-    if peer.client_mode:
-        return Reachability("unknown", "it is in client mode, and accepts no connections")
     if peer.on_loopback_only and not even_on_loopback:
         return Reachability("unknown", "it listens on this computer's loopback only")
     first = [peer_id_in(address) for address in peer.initial_peers]
