@@ -91,7 +91,7 @@ class Peer:
         self._identity_path, self._startup_timeout = path, startup_timeout
         self._dht_options = dict(
             initial_peers=self.initial_peers or None,
-            host_maddrs=[_with_port(address) for address in host_maddrs],
+            host_maddrs=self.host_maddrs if self.on_loopback_only else [_with_port(at) for at in host_maddrs],
             announce_maddrs=list(announce_maddrs) or None,
             nat_port_map=nat_port_map and not self.on_loopback_only,
             auto_nat=not self.on_loopback_only,
