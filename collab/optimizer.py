@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from collab.averager import Averager, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.lamb import Lamb
-from collab.link import Link
+from collab.link import HICCUP_SECONDS, Link
 from collab.matchmaking import LeftBehind
 from collab.metrics import MAX_REASON
 from collab.peer import Peer
@@ -577,6 +577,7 @@ def make_optimizer(
         target_batch_size=settings["target_batch_size"],
         matchmaking_time=settings["matchmaking_time"],
         averaging_timeout=settings["averaging_timeout"],
+        next_chunk_timeout=max(settings["matchmaking_time"], HICCUP_SECONDS),  # upstream: matchmaking_time
         average_state_every=settings["average_state_every"],
         delay_optimizer_step=settings["delay_optimizer_step"] and not auxiliary,
         delay_grad_averaging=settings["delay_grad_averaging"] and not auxiliary,

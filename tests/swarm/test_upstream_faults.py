@@ -381,7 +381,8 @@ def test_a_peer_that_accepts_no_connections_makes_a_step(
     peers: list[Peer], run_id: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stock hivemind takes the mode of the DHT only if it is told another one (optim/optimizer.py:203)."""
-    monkeypatch.setattr(ProgressTracker, "ready_to_update_epoch", True)
+    for tracker in (ProgressTracker, Tracker):
+        monkeypatch.setattr(tracker, "ready_to_update_epoch", True)
     param = torch.nn.Parameter(torch.zeros(2))
     with optimizer_of(kind, peers[3], run_id, param) as optimizer:
         refused = pytest.raises(ValueError, match="client mode") if kind == "stock" else contextlib.nullcontext()
