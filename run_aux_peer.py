@@ -97,7 +97,6 @@ def main() -> None:
             manifest = change(manifest, mine.change_at_step, given, peer, run_folder)
         refuse_contradictions(given, manifest.latest)
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
-        write_bytes(run_folder / KEPT, manifest.signed)
         manifest.serve(peer, folder)
         serve_bandwidth(peer)
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
@@ -130,6 +129,7 @@ def main() -> None:
 
         join_line = join_command(peer, manifest)
         console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
+        write_bytes(run_folder / KEPT, manifest.signed)
         write_text(run_folder / "join.txt", join_line + "\n")
         notebook = NOTEBOOK.read_text(encoding="utf-8").replace("ADDRESS", " ".join(peer.addresses()))
         write_text(run_folder / NOTEBOOK.name, notebook)

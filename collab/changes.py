@@ -1,13 +1,13 @@
 """Changes of a run while it goes on: the organizer signs a new version of the manifest, and all peers hear of it."""
 
 import logging
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
+from collab.background import Background
 from collab.files import write_bytes
 from collab.manifest import KEPT, PROTOCOL, Manifest
 from collab.peer import Peer, peer_id_of_key
@@ -20,7 +20,7 @@ FETCH_SECONDS = 15.0
 MAX_ASKED = 3  # in one turn
 
 
-class ChangeWatch(threading.Thread):
+class ChangeWatch(Background):
     """Keeps this peer's copy of the manifest the newest one, in the background until `stop`.
 
     Peers say in the DHT which version they have, unless it is the first one; who has an older one fetches the newer.
@@ -33,30 +33,12 @@ class ChangeWatch(threading.Thread):
     """
 
     def __init__(self, peer: Peer, manifest: Manifest, folder: Path, lifetime: float) -> None:
-        super().__init__(name="changes", daemon=True)
+        super().__init__("Looking for changes of the run", lifetime / LOOKS_PER_LIFETIME)
         self.manifest = manifest
-        self.failures = 0
-        """Turns that failed, for example because the DHT did not answer in time."""
         self._peer, self._folder, self._lifetime = peer, folder, lifetime
         self._key = f"{manifest.swarm_id}_manifest"
         self._liars: set[str] = set()
-        self._stopped = threading.Event()
         self.start()
-
-    def stop(self, timeout: float = 1.0) -> None:
-        """Look no longer; takes `timeout` seconds at most."""
-        self._stopped.set()
-        self.join(timeout)
-
-    def run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._take_a_turn()
-            except Exception as error:  # noqa: BLE001 - training must outlive whatever one turn brings
-                self.failures += 1
-                if self.failures == 1 and not self._stopped.is_set():
-                    logger.warning("Looking for changes of the run failed, and goes on: %r", error)
-            self._stopped.wait(self._lifetime / LOOKS_PER_LIFETIME)
 
     def _take_a_turn(self) -> None:
         answer = self._peer.dht.get(self._key, latest=True, return_future=True).result(LOOK_SECONDS)

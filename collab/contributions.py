@@ -45,6 +45,8 @@ class Contributions:
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))["peers"]
             self.of_peers = {peer: Contribution(**entry) for peer, entry in kept.items()}
+        else:
+            self._keep()
 
     def of_names(self) -> dict[str, int]:
         """Samples by public name, the largest first; a person may take part with several computers, one after another
@@ -67,8 +69,11 @@ class Contributions:
             known.name, known.session, known.step = record.name, record.samples_total, record.step
             changed = True
         if changed:
-            peers = {peer: asdict(contribution) for peer, contribution in self.of_peers.items()}
-            write_text(self.file, json.dumps({"names": self.of_names(), "peers": peers}, indent=1) + "\n")
+            self._keep()
+
+    def _keep(self) -> None:
+        peers = {peer: asdict(contribution) for peer, contribution in self.of_peers.items()}
+        write_text(self.file, json.dumps({"names": self.of_names(), "peers": peers}, indent=1) + "\n")
 
 
 def counted_by_organizer(peer: Peer, organizer: str, name: str) -> int | None:

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 
+from collab.background import Background
 from collab.optimizer import RoundReport
 from collab.peer import Peer, peer_id_in, peer_id_of_key
 
@@ -106,7 +106,7 @@ class Sightings:
         return lost
 
 
-class Lookout(threading.Thread):
+class Lookout(Background):
     """Watches, in the background until `stop`, whether this peer still sees those that it has seen before.
 
     Every peer keeps a signed record of its addresses in the DHT, and takes it back when it leaves. If the connection to
@@ -119,10 +119,8 @@ class Lookout(threading.Thread):
     """
 
     def __init__(self, peer: Peer, swarm_id: str, lifetime: float) -> None:
-        super().__init__(name="lookout", daemon=True)
+        super().__init__("Looking out for the other peers", lifetime / LOOKS_PER_LIFETIME)
         self.peer, self.lifetime = peer, lifetime
-        self.failures = 0
-        """Turns that failed, for example because the DHT did not answer in time."""
         self._key = f"{swarm_id}_addresses"
         self._given: dict[str, list[str]] = {}  # on the command line; a peer may not know its own forwarded port
         for address in peer.initial_peers:
@@ -130,7 +128,6 @@ class Lookout(threading.Thread):
         self._announced: dict[str, list[str]] = {}
         self._sightings = Sightings(self._given.keys(), time.monotonic())
         self._reason = ""
-        self._stopped = threading.Event()
         self.start()
 
     def after_round(self, report: RoundReport) -> None:
@@ -145,20 +142,9 @@ class Lookout(threading.Thread):
 
     def stop(self, timeout: float = 1.0) -> None:
         """Say goodbye: nobody looks for this peer from now on. Takes twice `timeout` seconds at most."""
-        self._stopped.set()
-        self.join(timeout)
+        super().stop(timeout)
         with contextlib.suppress(TimeoutError):
             self._publish(None).result(timeout)
-
-    def run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._take_a_turn()
-            except Exception as error:  # noqa: BLE001 - training must outlive whatever one turn brings
-                self.failures += 1
-                if self.failures == 1 and not self._stopped.is_set():
-                    logger.warning("Looking out for the other peers failed, and goes on: %r", error)
-            self._stopped.wait(self.lifetime / LOOKS_PER_LIFETIME)
 
     def _take_a_turn(self) -> None:
         sightings = self._sightings

@@ -394,10 +394,13 @@ async def _visible_addresses(_dht: DHT, node: DHTNode) -> list[Multiaddr]:
 
 async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
     async def handler(_info: StreamInfo, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await P2P.send_raw_data(file.read_bytes(), writer)
-        finally:
-            writer.close()
+        with contextlib.closing(writer):
+            try:
+                content = file.read_bytes()
+            except OSError as error:  # a traceback in the DHT's process would help nobody; the asker sees the end
+                logger.debug("%s could not be handed out: %s", file, error)
+            else:
+                await P2P.send_raw_data(content, writer)
 
     await asyncio.wait_for(node.p2p.add_binary_stream_handler(name, handler), DAEMON_SECONDS)
 

@@ -33,7 +33,9 @@ def test_volunteers_learn_what_the_organizer_has_counted(start_peer, tmp_path):
     organizer = start_peer()
     volunteer = start_peer(initial_peers=organizer.addresses())
     assert counted_by_organizer(volunteer, organizer.peer_id, "name of a") is None
-    Contributions(tmp_path / FILE).update([record("a", 1, samples_total=10)])
+    counted = Contributions(tmp_path / FILE)
     organizer.serve(PROTOCOL, tmp_path / FILE)
+    assert counted_by_organizer(volunteer, organizer.peer_id, "name of a") is None, "nothing was counted yet"
+    counted.update([record("a", 1, samples_total=10)])
     assert counted_by_organizer(volunteer, organizer.peer_id, "name of a") == 10
     assert counted_by_organizer(volunteer, organizer.peer_id, "somebody") is None

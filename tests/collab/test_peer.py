@@ -184,6 +184,15 @@ def test_a_file_of_some_megabytes_goes_from_peer_to_peer(pair, tmp_path):
     assert second.fetch(first.peer_id, "ours/file") == b"", "it is read anew each time"
 
 
+def test_a_file_that_is_not_there_yet_is_no_answer_and_no_harm(pair, tmp_path):
+    first, second = pair
+    first.serve("ours/file", tmp_path / "file")
+    with pytest.raises(OSError):
+        second.fetch(first.peer_id, "ours/file", timeout=5.0)
+    (tmp_path / "file").write_bytes(b"content")
+    assert second.fetch(first.peer_id, "ours/file") == b"content"
+
+
 def test_a_peer_in_client_mode_can_fetch(start_peer, tmp_path):
     (tmp_path / "file").write_bytes(b"content")
     first = start_peer()

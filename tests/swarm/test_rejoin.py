@@ -115,6 +115,7 @@ def test_a_trainer_finds_the_auxiliary_peer_that_began_a_swarm_of_its_own_after_
     crashed.interrupt(signal.SIGKILL)
     crashed.wait()
     assert_no_survivors(crashed)
+    (swarm.folder / "run" / "peers.txt").unlink(missing_ok=True)  # with it, it finds the trainer by itself
 
     restarted, same_address = swarm.start_auxiliary(config, *fixed_port)
     assert same_address == address, "it has its identity and its port again"
