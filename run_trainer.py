@@ -134,6 +134,7 @@ def main() -> None:
             batches = task.batches(micro_batch, place)
             if mine.micro_batch_size == 0:  # before the state is taken over, which would be old afterwards
                 trial = next(batches)
+                stages.done("text")
                 tuned = tune_micro_batch(
                     compute_gradients,
                     task.model,
