@@ -198,7 +198,7 @@ def main() -> None:
                     states_loaded, loss_sum, samples = optimizer.states_loaded, 0.0, 0
                     watch.start_over(step)
                     continue
-                if report is None:  # the first round is still being averaged in the background
+                if report is None or report.left_behind:  # still averaged in the background; or not made by this peer
                     continue
                 if samples and not samples_total and report.applied:
                     stages.done("first round")

@@ -65,6 +65,8 @@ class RoundReport:
     allreduce_seconds: float
     rejected: tuple[str, ...]
     """Peer ids whose values were left out because they were not finite."""
+    left_behind: bool = False
+    """The others have made this step already: this peer has not made it, and takes over their state next."""
 
     def as_record(self) -> dict[str, Any]:
         """The fields of a `PeerRecord` that this verdict decides about."""
@@ -203,7 +205,11 @@ class Tracker(ProgressTracker):
                 if entry.value is not None and entry.value["samples_per_second"] > 0
             }
             self.trainers_step = max((entry.value["epoch"] for entry in metadata.values()), default=-1)
-        return super()._parse_swarm_progress_data(metadata)
+        progress = super()._parse_swarm_progress_data(metadata)
+        is_listed = isinstance(metadata, dict) and self._local_public_key in metadata
+        if progress.num_peers and not is_listed and self.local_progress.samples_accumulated:
+            progress.num_peers += 1  # this peer's first record is still on its way
+        return progress
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.should_report_progress.urgent = True
@@ -281,6 +287,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self.tracker.global_progress.num_peers <= 1:
             self._look_who_is_there()  # who came since the tracker looked last would be left behind
         self._expected = max(1, self.tracker.global_progress.num_peers)
+        if self.tracker.global_progress.epoch > self.local_epoch and not (self.auxiliary or self.delay_grad_averaging):
+            self._load_local_gradients_into_optimizer()
+            self._leave_the_step_to_the_others()
+            self._report(None, "it was made without this peer", left_behind=True)
+            return False
         self._round_samples = self.grad_averager.local_samples_accumulated
         scheduled = self.scheduled_grads
         if scheduled is not None and (scheduled.triggered or scheduled.done()):
@@ -314,16 +325,16 @@ class SwarmOptimizer(hivemind.Optimizer):
             return
         self.grad_averager.restore_own_gradient()
         self._load_averaged_gradients_into_optimizer_()
-        if isinstance(failure, LeftBehind) and not self.auxiliary:
-            self.reload(f"round {self._round_step} was made without this peer")
-            self.guard.hold_next = True
+        left_behind = isinstance(failure, LeftBehind) and not self.auxiliary
+        if left_behind:
+            self._leave_the_step_to_the_others()
         elif self.failed_round == "skip":
             self.guard.hold_next = True
         reason = "" if self._expected == 1 else str(failure) or type(failure).__name__
         if reason:
             level = logging.DEBUG if self.auxiliary else logging.WARNING
             logger.log(level, "Round %d was not averaged: %s", self._round_step, reason)
-        self._report(tally, reason)
+        self._report(tally, reason, left_behind)
 
     def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
         """Wait for a round to end; gives what it was, and why it does not count if it does not."""
@@ -371,7 +382,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         if not self.client_mode:
             self.state_averager.allow_state_sharing = False
 
-    def _report(self, tally: RoundTally | None, reason: str) -> None:
+    def _leave_the_step_to_the_others(self) -> None:
+        self.reload(f"round {self._round_step} was made without this peer")
+        self.guard.hold_next = True
+
+    def _report(self, tally: RoundTally | None, reason: str, left_behind: bool = False) -> None:
         seconds = time.monotonic() - self._round_began
         met = len(tally.peers) if tally is not None else 1
         self.last_round = RoundReport(
@@ -387,6 +402,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             matchmaking_seconds=seconds - (tally.seconds if tally is not None else 0.0),
             allreduce_seconds=tally.seconds if tally is not None else 0.0,
             rejected=tally.rejected if tally is not None else (),
+            left_behind=left_behind,
         )
         for peer in self.last_round.rejected:
             logger.warning(

@@ -367,7 +367,7 @@ def test_a_step_is_not_made_of_samples_that_nobody_has_reported(cls, ready) -> N
     tracker.target_batch_size, tracker.metadata_expiration = 4096, 60.0
     tracker.min_refresh_period, tracker.max_refresh_period, tracker.default_refresh_period = 0.5, 10.0, 3.0
     tracker.expected_drift_peers, tracker.expected_drift_rate, tracker.status_loglevel = 3, 0.2, 0
-    tracker.prefix, tracker.performance_ema = "ours", PerformanceEMA(alpha=0.1)
+    tracker.prefix, tracker.performance_ema, tracker._local_public_key = "ours", PerformanceEMA(alpha=0.1), b"me"
     own = dict(peer_id=b"me", epoch=4, samples_per_second=100.0, client_mode=False)
     tracker.local_progress = LocalTrainingProgress(**own, samples_accumulated=0, time=get_dht_time())
 
@@ -394,7 +394,7 @@ def test_a_round_begins_although_the_early_search_for_peers_failed(cls, begins) 
         cls,
         state_averager=SimpleNamespace(local_epoch=4),
         grad_averager=averager,
-        tracker=SimpleNamespace(global_progress=SimpleNamespace(num_peers=2)),
+        tracker=SimpleNamespace(global_progress=SimpleNamespace(num_peers=2, epoch=4)),
     )
     optimizer.scheduled_grads = failed_search
     optimizer._load_local_gradients_into_optimizer = optimizer._report = Calls()
@@ -402,9 +402,29 @@ def test_a_round_begins_although_the_early_search_for_peers_failed(cls, begins) 
     assert bool(averager.step.number) is begins
 
 
+def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
+    """Else it takes the only other peer for itself, and makes its first step alone."""
+    tracker = Tracker.__new__(Tracker)
+    threading.Thread.__init__(tracker)
+    tracker.__dict__.update(
+        target_batch_size=64, min_refresh_period=0.5, max_refresh_period=10.0, expected_drift_peers=3, prefix="ours",
+        expected_drift_rate=0.2, status_loglevel=0, performance_ema=PerformanceEMA(alpha=0.1), _local_public_key=b"me",
+    )  # fmt: skip
+    record = LocalTrainingProgress(
+        peer_id=b"me", epoch=4, samples_accumulated=8, samples_per_second=1.0, client_mode=False, time=get_dht_time()
+    )
+    tracker.local_progress = record
+    entry = ValueWithExpiration(record.dict(), 0)
+    assert tracker._parse_swarm_progress_data({b"other": entry}).num_peers == 2
+    assert tracker._parse_swarm_progress_data({b"other": entry, b"me": entry}).num_peers == 2
+    assert tracker._parse_swarm_progress_data({b"me": entry}).num_peers == 1
+    tracker.local_progress = record.copy(update={"samples_accumulated": 0})  # an auxiliary peer is not one of them
+    assert tracker._parse_swarm_progress_data({b"other": entry}).num_peers == 1
+
+
 def test_who_came_while_a_lone_peer_gathered_its_samples_is_met() -> None:
     averager = SimpleNamespace(step=Calls("the round"), local_samples_accumulated=8)
-    tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=1))
+    tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=1, epoch=4))
     optimizer = bare(
         SwarmOptimizer, state_averager=SimpleNamespace(local_epoch=4), grad_averager=averager, tracker=tracker
     )
