@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 from transformers import HfArgumentParser
 
+from collab.device import PRECISIONS
 from collab.errors import UserError
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class RunArguments:
     seed: int = option(0, "Seed of the first weights, the order of the data and the masks.")
     max_global_steps: int = option(125_000, "The run ends after this many global steps; the schedule ends there too.")
     precisions: list[str] = option(
-        ["float32", "bfloat16", "float16"], "Precisions that volunteers may compute in; gradients travel in float32."
+        list(PRECISIONS), "Precisions that volunteers may compute in; gradients travel in float32."
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class RunArguments:
             allowed.isascii() and allowed.isalnum(), "run_id", self.run_id, "a name of letters, digits, '-' and '_'"
         )
         require(self.max_global_steps > 0, "max_global_steps", self.max_global_steps, "at least 1")
-        some = bool(self.precisions) and set(self.precisions) <= {"float32", "bfloat16", "float16"}
+        some = bool(self.precisions) and set(self.precisions) <= PRECISIONS.keys()
         require(some, "precisions", self.precisions, "a list of float32, bfloat16 and float16")
 
 

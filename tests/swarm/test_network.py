@@ -30,9 +30,9 @@ class Network:
 @pytest.fixture
 def network() -> Iterator[Network]:
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        pytest.skip("NOT TESTED: network namespaces need root")
     if not (shutil.which("ip") and shutil.which("tc")):
-        pytest.skip("network namespaces need the programs ip and tc (package iproute2)")
+        pytest.skip("NOT TESTED: network namespaces need the programs ip and tc (package iproute2)")
     mark = f"s{os.getpid()}"
     network = Network(f"{mark}open", f"{mark}closed")
     # libp2p dials from the port that it listens on, so what comes in is told by its first packet: SYN without ACK.
@@ -59,7 +59,7 @@ def network() -> Iterator[Network]:
         for command in commands.strip().splitlines():
             done = subprocess.run(command.split(), capture_output=True, text=True, timeout=20)
             if done.returncode != 0:
-                pytest.skip(f"this system cannot make the network: `{command.strip()}` says {done.stderr.strip()}")
+                pytest.skip(f"NOT TESTED: no network: `{command.strip()}` says {done.stderr.strip()}")
         yield network
     finally:
         for name in (network.open, network.closed):
