@@ -156,11 +156,14 @@ class SwarmArguments:
     )
     matchmaking_time: float = option(
         15.0,
-        "Seconds that a round waits for peers that are still busy. It begins at once when all are there. Has to be "
-        "longer than the slowest peer's micro-batch takes; raise it if rounds meet fewer peers than there are.",
+        "Seconds that a round waits at most for peers that are still busy; less where all have short micro-batches. It "
+        "begins at once when all are there. Has to be longer than the slowest peer's micro-batch takes; raise it if "
+        "rounds meet fewer peers than there are.",
     )
     averaging_timeout: float = option(
-        60.0, "Seconds after which an averaging round is given up. Raise it for slow links or larger models."
+        60.0,
+        "Seconds after which an averaging round is given up; sooner where all links are known to be fast enough. Raise "
+        "it for slow links or larger models.",
     )
     metadata_expiration: float = option(
         30.0, "Seconds after which a peer that reports nothing counts as gone; rounds wait for it until then."

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hivemind.averaging import DecentralizedAverager
-from hivemind.averaging.allreduce import AllReduceRunner, AveragingMode
+from hivemind.averaging.allreduce import AllreduceException, AllReduceRunner, AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.partition import TensorPartReducer
@@ -28,7 +28,7 @@ from hivemind.utils import MPFuture
 from hivemind.utils.asyncio import aiter_with_timeout, as_aiter, azip
 from hivemind.utils.streaming import combine_from_streaming
 
-from collab.link import settle_claims, silence_limit
+from collab.link import allreduce_limit, settle_claims, silence_limit
 from collab.matchmaking import SwarmMatchmaking
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 SERVING_SECONDS = 2.0
 PROGRESS_SECONDS = 2.0
 MEGABYTE = 10**6
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class _MeetsTheSwarm(DecentralizedAverager):
                 client_mode=self.client_mode,
                 auxiliary=self.mode == AveragingMode.AUX,
                 progress_key=self._progress_key,
-                patience=self.matchmaking_kwargs["min_matchmaking_time"],
+                longest_wait=self.matchmaking_kwargs["min_matchmaking_time"],
                 lag=self._lag,
                 **self.matchmaking_kwargs,
             )
@@ -259,7 +260,13 @@ class _MeetsTheSwarm(DecentralizedAverager):
         if kwargs["sender_timeout"] is not None:
             limit = silence_limit(claims, kwargs["part_size_bytes"], at_most=kwargs["sender_timeout"])
             kwargs |= {"sender_timeout": limit, "reducer_timeout": 2 * limit}
-        return await super()._aggregate_with_group(replace(group_info, gathered=gathered), min_vector_size, **kwargs)
+        group_info = replace(group_info, gathered=gathered)
+        seconds = allreduce_limit(claims, FLOAT_BYTES * self.total_size, at_most=self._allreduce_timeout or math.inf)
+        try:
+            async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
+                return await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
+        except TimeoutError:
+            raise AllreduceException(f"the all-reduce took longer than {seconds:.0f} s") from None
 
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: GroupInfo, group_id: bytes | None = None, **kwargs: Any
@@ -305,10 +312,13 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     _before_round: list[torch.Tensor] | None = None
     round_number = 0
     """The global step that the next round is for."""
+    call_seconds = 0.0
+    """How long a micro-batch takes this peer: the others wait accordingly."""
 
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""
-        return super().schedule_step(scheduled_time, gather=self.round_number, allow_retries=False, **kwargs)
+        said = [self.round_number, self.call_seconds]
+        return super().schedule_step(scheduled_time, gather=said, allow_retries=False, **kwargs)
 
     def retry(self, weight: float, timeout: float) -> StepControl:
         """Begin the round anew with what this peer put into it before. The accumulators may hold later gradients."""
@@ -337,6 +347,10 @@ class Averager(_MeetsTheSwarm, GradientAverager):
 
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
         self._tally = None
+        self._matchmaking.call_seconds = {
+            peer: self.serializer.loads(self.serializer.loads(data)[2])[1]
+            for peer, data in zip(group_info.peer_ids, group_info.gathered, strict=True)
+        }
         await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
         assert self._tally is not None
         return self._tally

@@ -73,10 +73,26 @@ def silence_limit(claims: Sequence[object], part_bytes: int, at_most: float) -> 
     :param claims: Mbit/s by peer; `at_most` holds if anybody's is not known.
     :param part_bytes: what is sent in one piece.
     """
+    return _patience(claims, 2 * len(claims) * part_bytes, at_most)
+
+
+def allreduce_limit(claims: Sequence[object], total_bytes: int, at_most: float) -> float:
+    """Seconds that a whole all-reduce may take.
+
+    The slowest link carries all tensors twice in each direction, in the worst case: this peer's own and the averages,
+    and, in its share of the work, those of others. Shares follow the links, so it is less where links differ.
+
+    :param claims: Mbit/s by peer; `at_most` holds if anybody's is not known.
+    :param total_bytes: of all tensors, not compressed.
+    """
+    return _patience(claims, 2 * total_bytes, at_most)
+
+
+def _patience(claims: Sequence[object], slowest_carries: int, at_most: float) -> float:
     numbers = [_number(claim) for claim in claims]
     if not all(numbers):
         return at_most
-    seconds = 2 * len(numbers) * part_bytes / MBIT / min(number for number in numbers if number)
+    seconds = slowest_carries / MBIT / min(number for number in numbers if number)
     return min(at_most, HICCUP_SECONDS + SAFETY * seconds)
 
 

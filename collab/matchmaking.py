@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import cancel_and_wait
+
+from collab.link import HICCUP_SECONDS, SAFETY
 
 POLL_SECONDS = 0.05
 ASK_AGAIN_SECONDS = 0.15
@@ -72,6 +74,16 @@ def _rank(peer: PeerID) -> bytes:
     return hashlib.sha256(peer.to_bytes()).digest()
 
 
+def patience_with(others: Iterable[PeerID], call_seconds: Mapping[PeerID, object], at_most: float) -> float:
+    """Seconds to wait for peers which notice the end of a step when their micro-batch is done.
+
+    :param call_seconds: how long one takes, by what each peer says; `at_most` holds where somebody's is not known.
+    """
+    said = [call_seconds.get(peer) for peer in others]
+    known = [seconds for seconds in said if isinstance(seconds, float) and seconds >= 0]
+    return min(at_most, HICCUP_SECONDS + SAFETY * max(known)) if known and len(known) == len(said) else at_most
+
+
 class LeftBehind(MatchmakingException):
     """Most of the others have made this global step already."""
 
@@ -89,18 +101,25 @@ class SwarmMatchmaking(Matchmaking):
     begins when its own step is complete and everybody is there; after `patience` seconds, with those who are.
 
     :param progress_key: DHT key under which peers report their progress.
-    :param patience: seconds that the others are waited for once a peer has all its samples; more than the slowest
-      peer's micro-batch takes.
+    :param longest_wait: seconds that the others are waited for at most once a peer has all its samples; more than the
+      slowest peer's micro-batch takes.
     :param lag: see `draw_up_roster`.
     """
 
-    def __init__(self, *args: Any, progress_key: str, patience: float, lag: int, auxiliary: bool, **kwargs: Any):
+    def __init__(self, *args: Any, progress_key: str, longest_wait: float, lag: int, auxiliary: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.progress_key, self.patience, self.lag, self.auxiliary = progress_key, patience, lag, auxiliary
+        self.progress_key, self.longest_wait, self.lag, self.auxiliary = progress_key, longest_wait, lag, auxiliary
+        self.call_seconds: Mapping[PeerID, object] = {}
+        """How long a micro-batch takes the peers of the latest group, by what each says."""
         self.roster = Roster(frozenset(), frozenset(), (), 0)
         self._absent: dict[PeerID, int] = {}
         self._passed_over: set[PeerID] = set()
         self._triggered_at = self._role_since = 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the others are waited for once this peer has all its samples."""
+        return patience_with(self.roster.trainers, self.call_seconds, at_most=self.longest_wait)
 
     async def look_for_group(self, step: StepControl) -> GroupInfo | None:
         """:raises MatchmakingException: nobody came.
@@ -239,4 +258,5 @@ class SwarmMatchmaking(Matchmaking):
 
 def _round_number(step: StepControl) -> int:
     _bandwidth, _mode, gathered = MSGPackSerializer.loads(step.data_for_gather)
-    return int(MSGPackSerializer.loads(gathered))
+    said = MSGPackSerializer.loads(gathered)
+    return int(said[0] if isinstance(said, list | tuple) else said)

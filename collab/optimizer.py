@@ -141,6 +141,8 @@ class Tracker(ProgressTracker):
     def __init__(self, *args: Any, start: bool, **kwargs: Any) -> None:
         self.trainers_step = -1
         """The global step that the most advanced trainer has made, by its report; -1 if there is none."""
+        self.call_seconds = 0.0
+        """How long this peer takes for a micro-batch, usually."""
         self._presence = (-1, -math.inf)
         super().__init__(*args, start=False, **kwargs)
         self.should_report_progress: _PacedEvent = _PacedEvent()
@@ -175,6 +177,9 @@ class Tracker(ProgressTracker):
             local_epoch != known.epoch or samples_accumulated < known.samples_accumulated
         )
         super().report_local_progress(local_epoch, samples_accumulated, **kwargs)
+        samples = samples_accumulated - (known.samples_accumulated if local_epoch == known.epoch else 0)
+        if samples > 0 and self.performance_ema.samples_per_second > 0:
+            self.call_seconds = samples / self.performance_ema.samples_per_second
 
     def report_presence(self, step: int) -> None:
         """For auxiliary peers: tell the others that this one will take part in the round after global step `step`.
@@ -276,7 +281,10 @@ class SwarmOptimizer(hivemind.Optimizer):
         return bool(super()._should_load_state_from_peers())
 
     def _maybe_schedule_gradient_averaging(self) -> None:
-        self.grad_averager.round_number = self.local_epoch + 1
+        self.grad_averager.round_number, self.grad_averager.call_seconds = (
+            self.local_epoch + 1,
+            self.tracker.call_seconds,
+        )
         if self.auxiliary:
             self.tracker.report_presence(self.local_epoch)
         if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
@@ -573,6 +581,7 @@ def make_optimizer(
         return inner
 
     guard = StepGuard(settings["max_grad_norm"])
+    news_seconds = max(PROGRESS_SECONDS, min(HICCUP_SECONDS, settings["matchmaking_time"]) / 2)
 
     averager_options: dict[str, Any] = dict(
         bandwidth=bandwidth,
@@ -615,8 +624,8 @@ def make_optimizer(
             metadata_expiration=settings["metadata_expiration"],
             private_key=peer.private_key,
             # Late news of the end of a step have to come before the others have lost their patience.
-            max_refresh_period=max(PROGRESS_SECONDS, settings["matchmaking_time"] / 2),
-            default_refresh_period=max(PROGRESS_SECONDS, min(3.0, settings["matchmaking_time"] / 2)),
+            max_refresh_period=news_seconds,
+            default_refresh_period=news_seconds,
         ),
         client_mode=peer.client_mode,
         auxiliary=auxiliary,

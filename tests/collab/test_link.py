@@ -5,7 +5,7 @@ import math
 import pytest
 from hivemind.averaging.load_balancing import load_balance_peers
 
-from collab.link import LEAST, MBIT, MOST, ROUNDS, Link, settle_claims, silence_limit
+from collab.link import LEAST, MBIT, MOST, ROUNDS, Link, allreduce_limit, settle_claims, silence_limit
 
 
 def test_what_the_person_says_comes_first() -> None:
@@ -97,3 +97,11 @@ def test_silence_is_short_where_all_links_are_fast() -> None:
 def test_the_organizers_time_holds_where_a_link_is_slow_or_unknown(claims: list[float | None]) -> None:
     assert silence_limit(claims, PART, at_most=15.0) == 15.0
     assert silence_limit([1000.0] * 2, PART, at_most=1.5) == 1.5
+
+
+def test_an_all_reduce_may_take_what_the_slowest_link_needs() -> None:
+    assert allreduce_limit([100.0, 20.0], 10_000_000, at_most=180.0) == pytest.approx(
+        5.0 + 3 * 2 * 10_000_000 * 8e-6 / 20
+    )
+    assert allreduce_limit([100.0, None], 10_000_000, at_most=180.0) == 180.0
+    assert allreduce_limit([100.0, 1.0], 100_000_000, at_most=180.0) == 180.0

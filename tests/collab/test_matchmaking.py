@@ -4,7 +4,7 @@ import pytest
 from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
 
-from collab.matchmaking import Roster, draw_up_roster
+from collab.matchmaking import Roster, draw_up_roster, patience_with
 
 ME, ONE, TWO, HELPER, CLIENT = (PeerID(bytes([number]) * 34) for number in range(5))
 
@@ -78,3 +78,14 @@ def test_a_single_record_from_the_far_future_does_not_end_the_round() -> None:
 
 def test_an_auxiliary_peer_that_is_ahead_leaves_nobody_behind() -> None:
     assert roster(record(ONE, 7), record(HELPER, 9, auxiliary=True)).ahead == 0
+
+
+def test_peers_with_short_micro_batches_are_not_waited_for_as_long() -> None:
+    assert patience_with([ONE, TWO], {ONE: 0.2, TWO: 2.0, CLIENT: 9.0}, at_most=15.0) == 5.0 + 3 * 2.0
+    assert patience_with([ONE, TWO], {ONE: 0.2, TWO: 9.0}, at_most=15.0) == 15.0
+
+
+@pytest.mark.parametrize("said", [{}, {ONE: 0.1}, *({ONE: 0.1, TWO: odd} for odd in (-1.0, "1", None, float("nan")))])
+def test_the_organizers_time_holds_for_peers_of_unknown_speed(said) -> None:
+    assert patience_with([ONE, TWO], said, at_most=15.0) == 15.0
+    assert patience_with([], said, at_most=15.0) == 15.0
