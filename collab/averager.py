@@ -312,8 +312,8 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     _before_round: list[torch.Tensor] | None = None
     round_number = 0
     """The global step that the next round is for."""
-    call_seconds = 0.0
-    """How long a micro-batch takes this peer: the others wait accordingly."""
+    call_seconds: float | None = None
+    """How long a micro-batch takes this peer, if it is known: the others wait accordingly."""
 
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""

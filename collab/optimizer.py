@@ -141,8 +141,8 @@ class Tracker(ProgressTracker):
     def __init__(self, *args: Any, start: bool, **kwargs: Any) -> None:
         self.trainers_step = -1
         """The global step that the most advanced trainer has made, by its report; -1 if there is none."""
-        self.call_seconds = 0.0
-        """How long this peer takes for a micro-batch, usually."""
+        self.call_seconds: float | None = None
+        """How long this peer takes for a micro-batch, usually; None before the first one."""
         self._presence = (-1, -math.inf)
         super().__init__(*args, start=False, **kwargs)
         self.should_report_progress: _PacedEvent = _PacedEvent()
@@ -281,13 +281,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         return bool(super()._should_load_state_from_peers())
 
     def _maybe_schedule_gradient_averaging(self) -> None:
-        self.grad_averager.round_number, self.grad_averager.call_seconds = (
-            self.local_epoch + 1,
-            self.tracker.call_seconds,
-        )
+        self.grad_averager.round_number = self.local_epoch + 1
         if self.auxiliary:
             self.tracker.report_presence(self.local_epoch)
         if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
+            self.grad_averager.call_seconds = self.tracker.call_seconds
             super()._maybe_schedule_gradient_averaging()
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
