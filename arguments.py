@@ -102,6 +102,14 @@ class MLMArguments:
     )
     lowercase: bool = option(True, "Lower-case the text, as ALBERT does. No effect in scripts without case.")
     seq_length: int = option(512, "Tokens in an instance at most, special tokens included.")
+    seq_length_start: int = option(
+        128, "Tokens in an instance at most when the run begins, with seq_length_warmup_steps."
+    )
+    seq_length_warmup_steps: int = option(
+        0,
+        "Global steps in which the length grows from seq_length_start to seq_length: short instances are cheaper, and "
+        "do for the first part of a run. 0: seq_length from the beginning.",
+    )
     mask_probability: float = option(0.15, "Share of the real tokens that the model has to restore.")
     shuffle_buffer: int = option(10_000, "Documents held back for shuffling. Smaller saves memory, mixes less.")
 
@@ -111,6 +119,10 @@ class MLMArguments:
         require(self.tokenizer_megabytes > 0, "tokenizer_megabytes", self.tokenizer_megabytes, "above 0")
         long_enough = self.seq_length >= 16 and self.seq_length % 8 == 0  # batches are padded to a multiple of 8
         require(long_enough, "seq_length", self.seq_length, "at least 16, and a multiple of 8")
+        start = self.seq_length_start
+        require(start >= 16 and start % 8 == 0, "seq_length_start", start, "at least 16, and a multiple of 8")
+        steps = self.seq_length_warmup_steps
+        require(steps >= 0, "seq_length_warmup_steps", steps, "0 or more")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
 
@@ -295,7 +307,9 @@ class TrainerArguments:
         "ones, float32 on CPUs.",
     )
     micro_batch_size: int = option(
-        0, "Samples in one forward and backward pass; halved when memory runs out. 0: measured in the first seconds."
+        0,
+        "Samples of seq_length tokens in one forward and backward pass, or more if they are shorter; halved when memory "
+        "runs out. 0: measured in the first seconds.",
     )
     threads: int = option(0, "CPU threads of the training step; 0 leaves it to PyTorch.")
     offload_optimizer: bool = option(False, "Keep the optimizer's state in RAM instead of in the GPU's memory.")

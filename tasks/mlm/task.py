@@ -6,19 +6,18 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
-from tasks.mlm.instances import instances
-from tasks.mlm.masking import Vocabulary, collate
+from tasks.mlm.batches import BatchStream, Shape, Texts
+from tasks.mlm.encoder import open_encoder
+from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
 from tokenizer.train import train_tokenizer
 
@@ -35,6 +34,7 @@ class MaskedLM:
     def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
         self.settings, self.cache_dir = settings, cache_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.encoder = open_encoder(folder)
         config = AutoConfig.from_pretrained(folder)
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
@@ -75,26 +75,50 @@ class MaskedLM:
             if mine != its:
                 raise UserError(f"The tokenizer in your {name} has {mine}, but this run's has {its}. {_KEEP_OUT}")
 
-    def batches(self, micro_batch_size: Callable[[], int], place: str) -> Iterator[dict[str, torch.Tensor]]:
-        seed = int.from_bytes(sha256(f"{self.settings['seed']} {place}".encode()).digest()[:8], "big")
-        rng = np.random.default_rng(seed)
-        texts = documents(
-            _sources(self.settings),
-            seed=self.settings["seed"],
-            place=place,
-            part="train",
-            cache_dir=self.cache_dir,
-            shuffle_buffer=self.settings["shuffle_buffer"],
-        )
-        vocabulary = Vocabulary.of(self.tokenizer)
-        stream = instances(texts, self.tokenizer, self.settings["seq_length"], rng)
-        while True:
-            yield collate(
-                list(islice(stream, micro_batch_size())),
-                vocabulary,
-                mask_probability=self.settings["mask_probability"],
-                rng=rng,
+    def batches(
+        self,
+        micro_batch_size: Callable[[], int],
+        place: str,
+        *,
+        step: Callable[[], int],
+        state: dict[str, Any] | None = None,
+    ) -> BatchStream:
+        settings, cache_dir = self.settings, self.cache_dir
+
+        def open_texts(state: dict[str, Any] | None) -> Texts:
+            return documents(
+                _sources(settings),
+                seed=settings["seed"],
+                place=place,
+                part="train",
+                cache_dir=cache_dir,
+                shuffle_buffer=settings["shuffle_buffer"],
+                state=state,
             )
+
+        longest = settings["seq_length"]
+        return BatchStream(
+            open_texts,
+            self.encoder,
+            shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
+            mask_probability=settings["mask_probability"],
+            seed=f"{settings['seed']} {place}",
+            state=state,
+        )
+
+    def trial_batch(self, samples: int) -> dict[str, torch.Tensor]:
+        shape = samples, self.settings["seq_length"]
+        drawn = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(self.encoder.ordinary_ids), shape, generator=drawn)
+        ids = torch.from_numpy(self.encoder.ordinary_ids)[ids]
+        chosen = torch.rand(shape, generator=drawn) < self.settings["mask_probability"]
+        return {
+            "input_ids": torch.where(chosen, self.encoder.mask_id, ids),
+            "labels": torch.where(chosen, ids, IGNORED),
+            "attention_mask": torch.ones(shape, dtype=torch.int64),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "sentence_order_label": torch.arange(samples) % 2,
+        }
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         output = self.model(
@@ -130,11 +154,24 @@ class MaskedLM:
         }
 
 
+def length_at(step: int, settings: Mapping[str, Any]) -> int:
+    """Tokens in the longest instance at a global step: it grows linearly to `seq_length`, in steps of 8 tokens.
+
+    Short instances are cheaper, and all that the first thousands of steps need; BERT took 128 tokens for 90 % of its
+    training (Devlin et al. 2019, appendix A.2).
+    """
+    last, steps = settings["seq_length"], settings["seq_length_warmup_steps"]
+    if step >= steps:
+        return int(last)
+    first = min(last, settings["seq_length_start"])
+    return int(first + (last - first) * step / steps) // 8 * 8
+
+
 def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
     """One small forward pass: a config that no model can be built from should not open a run."""
     try:
         task = MaskedLM(settings, folder, cache_dir)
-        loss = task.loss(next(task.batches(lambda: 2, place="trial")))
+        loss = task.loss(next(task.batches(lambda: 2, place="trial", step=lambda: 0)))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise UserError(
