@@ -244,6 +244,8 @@ IMPOSSIBLE = [
     (MLMArguments, "vocab_size", 63),
     (MLMArguments, "tokenizer_megabytes", 0.0),
     (MLMArguments, "seq_length", 15),
+    (MLMArguments, "seq_length_start", 20),
+    (MLMArguments, "seq_length_warmup_steps", -1),
     (MLMArguments, "mask_probability", 0.0),
     (MLMArguments, "mask_probability", 1.0),
     (MLMArguments, "shuffle_buffer", 0),
