@@ -308,8 +308,8 @@ class TrainerArguments:
     )
     micro_batch_size: int = option(
         0,
-        "Samples of seq_length tokens in one forward and backward pass, more if they are shorter; halved when memory runs "
-        "out. 0: measured in the first seconds.",
+        "Samples of seq_length tokens in one forward and backward pass, more if they are shorter; halved when memory "
+        "runs out. 0: measured in the first seconds.",
     )
     threads: int = option(0, "CPU threads of the training step; 0 leaves it to PyTorch.")
     offload_optimizer: bool = option(False, "Keep the optimizer's state in RAM instead of in the GPU's memory.")
@@ -353,8 +353,9 @@ class AuxArguments:
 
 AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
-    "max_global_steps", "sources", "mask_probability", "seq_length_start", "seq_length_warmup_steps", "learning_rate", "min_learning_rate", "warmup_steps",
-    "max_grad_norm", "target_batch_size", "average_state_every", "quorum", "failed_round",
+    "max_global_steps", "sources", "mask_probability", "seq_length_start", "seq_length_warmup_steps", "learning_rate",
+    "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every", "quorum",
+    "failed_round",
 })  # fmt: skip
 """What the organizer can change while a run goes on: nothing has to be built anew for it."""
 EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)
