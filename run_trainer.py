@@ -127,7 +127,8 @@ def main() -> None:
             return loss.detach()
 
         def load(state: dict[str, Any] | None) -> Loader:
-            return Loader(task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state))
+            stream = task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
+            return Loader(stream, stop)
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
@@ -165,7 +166,9 @@ def main() -> None:
                     place.move(f"{peer.peer_id}/{step}")
                     batches = load(None)
                     continue
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:  # told to stop while there was no text
+                    break
                 loss = unless_out_of_memory(compute_gradients, batch)
                 if loss is None:
                     micro_batch.halve()

@@ -27,6 +27,9 @@ class Batches(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands. JSON, some kB."""
 
+    def close(self) -> None:
+        """End; also a waiting for the next batch that goes on in another thread."""
+
 
 class Task(Protocol):
     """One thing to train. The programs use nothing of a task but this.

@@ -21,10 +21,13 @@ class Loader:
     on a volunteer's laptop. Most of the work is done without Python's lock, in C++ and numpy.
 
     :param stream: what is made. Used by the thread alone from now on.
+    :param stop: becomes true when nobody wants batches any more: then they end, also while one is waited for, which
+      takes as long as the network is away.
     """
 
-    def __init__(self, stream: Batches) -> None:
+    def __init__(self, stream: Batches, stop: object = False) -> None:
         self._waited, self._asked = 0.0, time.monotonic()
+        self._stop = stop
         self._stream, self._state = stream, stream.state_dict()
         self._put_back: list[Batch] = []
         self._ready: queue.Queue[Made] = queue.Queue(AHEAD)
@@ -38,8 +41,13 @@ class Loader:
     def __next__(self) -> Batch:
         if self._put_back:
             return self._put_back.pop(0)
-        began = time.monotonic()
-        made = self._ready.get()
+        began, made = time.monotonic(), None
+        while made is None:
+            try:
+                made = self._ready.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                if self._stop:
+                    raise StopIteration from None
         self._waited += time.monotonic() - began
         if isinstance(made, Exception):
             self._ready.put(made)  # whoever asks again gets the same answer
@@ -64,6 +72,7 @@ class Loader:
     def close(self) -> None:
         """End the thread as soon as it is done with its batch, and give up what it has made ahead."""
         self._closing.set()
+        self._stream.close()
 
     def _make(self) -> None:
         made: Made | None = None

@@ -37,6 +37,9 @@ class Texts(Protocol):
     def state_dict(self) -> State:
         """Where the next document stands. JSON."""
 
+    def close(self) -> None:
+        """End; also somebody else's waiting for the next document."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -108,6 +111,10 @@ class BatchStream:
             rng=self._rng("mask", number),
         )
 
+    def close(self) -> None:
+        """Close the texts."""
+        self._coming.texts.close()
+
     def _wanted(self, shape: Shape) -> int:
         return shape.positions * min(MOST_BATCHES, FIRST_BATCHES << min(self._state["pools"], 20))
 
@@ -161,7 +168,10 @@ class _Reading:
 
     def read_documents(self, number: int) -> None:
         for _ in range(number // AT_ONCE):
-            self.pools.append(Pool.of(islice(self.texts, AT_ONCE), self._encoder))
+            documents = list(islice(self.texts, AT_ONCE))
+            if len(documents) < AT_ONCE:
+                raise StopIteration  # closed
+            self.pools.append(Pool.of(documents, self._encoder))
             self.documents += AT_ONCE
             self.tokens += len(self.pools[-1].ids)
 

@@ -33,19 +33,21 @@ class Numbers:
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made}
 
+    def close(self) -> None:
+        self.allowed.release()
+
 
 @pytest.fixture
-def load() -> Iterator[Callable[[Numbers], Loader]]:
+def load() -> Iterator[Callable[..., Loader]]:
     loaders: list[Loader] = []
 
-    def load(stream: Numbers) -> Loader:
-        loaders.append(Loader(stream))
+    def load(stream: Numbers, stop: object = False) -> Loader:
+        loaders.append(Loader(stream, stop))
         return loaders[-1]
 
     yield load
     for loader in loaders:
         loader.close()
-        loader._stream.allowed.release()  # type: ignore[attr-defined]
 
 
 def number(batch: Batch) -> int:
@@ -107,3 +109,18 @@ def test_a_closed_loader_makes_nothing_more(load):
     loader.close()
     until(lambda: not loader._thread.is_alive())
     assert stream.made == AHEAD + 1
+
+
+def test_closing_ends_the_wait_for_a_batch(load):
+    stream = Numbers(allowed=0)
+    loader = load(stream)
+    loader.close()
+    until(lambda: not loader._thread.is_alive())
+
+
+def test_being_told_to_stop_ends_the_wait_too(load):
+    stop: list[bool] = []
+    loader = load(Numbers(allowed=1), stop)
+    next(loader)
+    threading.Timer(0.2, stop.append, [True]).start()
+    assert next(loader, None) is None

@@ -34,11 +34,16 @@ class Texts:
         return self
 
     def __next__(self) -> str:
+        if not self.documents:
+            raise StopIteration
         self.read += 1
         return self.documents[(self.read - 1) % len(self.documents)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"read": self.read}
+
+    def close(self) -> None:
+        self.documents = []
 
 
 @pytest.fixture
@@ -170,3 +175,10 @@ def test_batches_of_short_and_long_instances_come_mixed(stream):
     """Sorted by length, the gradient of a global step would come from texts of one kind."""
     widths = np.array([batch["input_ids"].shape[1] for batch in take(stream(), 400)[200:]])
     assert np.corrcoef(widths[:-1], widths[1:])[0, 1] < 0.3
+
+
+def test_closing_ends_the_stream(stream):
+    batches = stream()
+    take(batches, 5)
+    batches.close()
+    assert len(take(batches, 10_000)) < 10_000
