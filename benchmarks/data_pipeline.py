@@ -78,6 +78,9 @@ class Texts:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 def count(batches: list[Batch], folder: Path) -> dict[str, int]:
     """What is in the batches."""
@@ -231,7 +234,8 @@ def mask(examples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, ord
             else:
                 words.append([at])
         order.shuffle(words)
-        budget, chosen = max(1, round(len(sum(words, [])) * MASK)), set()  # noqa: RUF017 - as they did
+        budget = max(1, round(sum(map(len, words)) * MASK))
+        chosen: set[int] = set()
         for word in words:
             if len(chosen) + len(word) <= budget:
                 chosen.update(word)
