@@ -6,6 +6,7 @@ import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -27,8 +28,10 @@ def shards_of_dataset(source: "Source") -> tuple[list[Piece], str]:
     :raises UserError: when there is no such data set, configuration, split, revision or column, or no network
     """
     with reaching_the_hub(source):
-        from datasets import load_dataset  # a second to import; runs without the Hub need not wait for it
+        from datasets import config, load_dataset  # a second to import; runs without the Hub need not wait for it
 
+        # Their 20 tries of half a minute each would hide an outage for ten minutes; the stream tries again itself.
+        config.STREAMING_OPEN_MAX_RETRIES = config.STREAMING_READ_MAX_RETRIES = 1
         rows = load_dataset(
             cast(str, source.hub),
             source.config,
@@ -55,6 +58,7 @@ class Shard:
     source: "Source"
     rows: Any  # IterableDataset
     index: int
+    length: int = 0  # windows in it, as far as they have been seen
 
     @property
     def size(self) -> int:
@@ -69,39 +73,47 @@ class Shard:
             whole = self.rows.shard(self.rows.num_shards, self.index)
             groups = whole.reshard()  # reads the footer of this one file, which has to be read anyway
             count = groups.num_shards
-            if count == 1:
-                # A window belongs to the share in which it begins.
-                first, end = (int(share * SKIPPED_ROWS) // ROWS for share in (low, high))
-                for number, window in enumerate(self.batches(whole, "row {}")):
-                    if high < 1.0 and number >= end:
-                        return
-                    if number >= max(first, start):
-                        window.number = number
-                        yield window
-                return
-            ranks = seeded(order).permutation(count).tolist() if order else list(range(count))
-            for rank in range(int(low * count), int(high * count)):
-                if rank < start >> RANK:
-                    continue
-                group = groups.shard(count, ranks[rank])
-                for number, window in enumerate(self.batches(group, f"row {{}} of row group {ranks[rank]}")):
-                    window.number = rank << RANK | number
-                    if window.number >= start:
-                        yield window
+            if count > 1:
+                ranks = seeded(order).permutation(count).tolist() if order else list(range(count))
+                for rank in range(max(int(low * count), start >> RANK), int(high * count)):
+                    tables = groups.shard(count, ranks[rank]).iter(batch_size=ROWS)
+                    for number, table in enumerate(tables, rank << RANK):
+                        if number >= start:
+                            first = ROWS * (number - (rank << RANK))
+                            yield self.window(number, table, f"row {{}} of row group {ranks[rank]}", first)
+            elif high < 1.0:
+                for number, table in enumerate(islice(whole.iter(batch_size=ROWS), self.middle(whole, high))):
+                    if number >= start:
+                        yield self.window(number, table, "row {}", ROWS * number)
+            else:
+                begin = int(low * SKIPPED_ROWS) // ROWS
+                yield from self.rows_from(whole, max(begin, start))
+                if self.length <= begin:
+                    yield from self.rows_from(whole, max(self.middle(whole, low), start))
 
-    def batches(self, rows: Any, where: str) -> Iterator[Window]:
+    def rows_from(self, whole: Any, begin: int) -> Iterator[Window]:
+        for number, table in enumerate(whole.iter(batch_size=ROWS)):
+            self.length = max(self.length, number + 1)
+            if number >= begin:
+                yield self.window(number, table, "row {}", ROWS * number)
+
+    def middle(self, whole: Any, share: float) -> int:
+        """The window from which on a peer reads first: at most SKIPPED_ROWS behind the beginning."""
+        wanted = int(share * SKIPPED_ROWS) // ROWS
+        if self.length <= wanted:
+            self.length = sum(1 for _ in islice(whole.iter(batch_size=ROWS), wanted + 1))
+        return wanted % max(min(self.length, wanted + 1), 1)
+
+    def window(self, number: int, table: pa.Table, where: str, first: int) -> Window:
         column, name = self.source.column, self.source.describe()
-        first = 0
-        for table in rows.iter(batch_size=ROWS):
-            if column not in table.column_names:
-                raise Damaged(f"A row of {name} {no_column(column, table.column_names)}")
-            kind = table.schema.field(column).type
-            if not is_text(kind) and not pa.types.is_null(kind):
-                raise Damaged(f"A row of {name} {no_text(column, str(kind))}")
-            window = Window(0, [])
-            texts_of_column(table[column], column, f"In file {self.index} of {name}, {where}", first, window)
-            first += len(table)
-            yield window
+        if column not in table.column_names:
+            raise Damaged(f"A row of {name} {no_column(column, table.column_names)}")
+        kind = table.schema.field(column).type
+        if not is_text(kind) and not pa.types.is_null(kind):
+            raise Damaged(f"A row of {name} {no_text(column, str(kind))}")
+        window = Window(number, [])
+        texts_of_column(table[column], column, f"In file {self.index} of {name}, {where}", first, window)
+        return window
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ WIDTH = 4  # pieces read side by side: a file of news after a file of novels sho
 CHARACTERS = 32 << 20  # kept for shuffling at most, however long the documents are
 PACE = 8  # documents between the opening of two windows while the first ones fill the buffer
 TRIES = 3  # after which a source is left out, a piece given up, or a run that reads nothing at all refused
+MOST_PUT_OFF = 32  # pieces to come back to; a folder that is gone would bring any number
 PATIENCE = 20.0  # seconds to wait for the network while other sources have text
 LONGEST_PAUSE = 300.0  # seconds between two tries of a source that cannot be read
 
@@ -222,6 +223,7 @@ class Stream:
                 continue
             if window is None:
                 self._withdraw(reader)
+                self.failures = 0
                 continue
             self._install(reader, window)
             if self.collection.remote:
@@ -305,12 +307,9 @@ class Stream:
         if self.collection.pieces[self.order[reader.position]].sequential:
             self.readers.append(reader)
         reader.start, reader.failed, reader.strikes = window.number + 1, False, 0
-        for other in [other for other in self.put_off if other.failed]:
+        for other in self.put_off:
+            other.strikes += other.failed
             other.failed = False
-            other.strikes += 1
-            if other.strikes >= TRIES:
-                self.put_off.remove(other)
-                self._note([Fault(DAMAGED, str(self.error))])
         self.failures, self.retry_at = 0, 0.0
         if self.left_out:
             logger.info("%s can be read again, and comes back.", self.collection.name)
@@ -347,10 +346,14 @@ class Stream:
     # ------------------------------------------------------------------------------------------ what goes wrong
 
     def _put_off(self, reader: Reader, error: Unavailable) -> None:
+        """Come back to a piece later, unless nothing else is left and others were read while this one failed."""
         self._withdraw(reader)
-        self.failures += 1
         self.error = error
-        pause = min(2.0 ** (self.failures - 1), LONGEST_PAUSE)
+        if (reader.strikes >= TRIES and not self._others()) or len(self.put_off) >= MOST_PUT_OFF:
+            self._note([Fault(DAMAGED, str(error))])
+            return
+        self.failures += 1
+        pause = min(2.0 ** (self.failures + reader.strikes - 1), LONGEST_PAUSE)
         reader.windows, reader.failed, reader.retry_at = None, True, self.clock() + pause
         self.put_off.append(reader)
         if self.failures > 1 or not self._others():
