@@ -147,7 +147,11 @@ def main() -> None:
                 micro_batch.size = tuned.size
                 optimizer.tracker.performance_ema.reset_timer()  # this was no training
                 stages.done("tuning")
-            place = Place(cache_dir / "places" / manifest.swarm_id, name=peer.peer_id)
+            place = Place(
+                cache_dir / "places" / manifest.swarm_id,
+                name=peer.peer_id,
+                record=resumed and resumed.trainer_state.get("place"),
+            )
             batches = load(place.state)
             if network.initial_peers:
                 optimizer.load_state_from_peers()
@@ -239,11 +243,12 @@ def main() -> None:
                         optimizer.reload("this peer's model is another one than most have")
 
             # ---- leave
+            place.save(batches.state_dict())
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
-                state = {"run_id": run_id, "global_step": step, "samples": samples_total}
+                state = {"run_id": run_id, "global_step": step, "samples": samples_total, "place": place.record}
                 save_checkpoint(
                     Path(mine.save_dir),
                     save_pretrained=task.save_pretrained,

@@ -21,10 +21,13 @@ class Place:
 
     :param folder: of the run, for its places on this computer.
     :param name: of the place to begin at if there is none to take over; different on every peer.
+    :param record: of a place, from a checkpoint: the one to go on from if the computer keeps none.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.state = name, None
+    def __init__(self, folder: Path, name: str, record: object = None) -> None:
+        self.name: str
+        self.state: dict[str, Any] | None
+        self.name, self.state = _parse(record) or (name, None)
         """What `save` was told last, or None at a place where nobody has begun yet."""
         self._lock: BinaryIO | None = None
         self._complained = False
@@ -36,6 +39,11 @@ class Place:
                     return
         self._own(folder / f"{sha256(name.encode()).hexdigest()[:16]}.json")
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it, for a checkpoint. JSON."""
+        return {"name": self.name, "state": self.state}
+
     def move(self, name: str) -> None:
         """Begin at another place, such as when the run's sources have changed."""
         self.name, self.state = name, None
@@ -46,7 +54,7 @@ class Place:
         if self._lock is None:
             return
         try:
-            write_text(self._file, json.dumps({"name": self.name, "state": state}))
+            write_text(self._file, json.dumps(self.record))
         except UserError as error:
             if not self._complained:
                 logger.warning("After a restart this peer will see some samples again: %s", error)
@@ -75,9 +83,15 @@ class Place:
 
 
 def _read(file: Path) -> tuple[str, dict[str, Any]] | None:
+    """What was kept in a file. If it is damaged, another start, at a new place, writes over it."""
     try:
-        kept = json.loads(file.read_bytes())
-        name, state = kept["name"], kept["state"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: another start, at a new place, writes over it
-    return (name, state) if isinstance(name, str) and isinstance(state, dict) else None
+        return _parse(json.loads(file.read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def _parse(record: object) -> tuple[str, dict[str, Any]] | None:
+    match record:
+        case {"name": str(name), "state": dict(state)}:
+            return name, state
+    return None

@@ -54,6 +54,23 @@ def test_a_new_place_forgets_the_state(tmp_path):
     assert Place(tmp_path, name="two").name == "one/7"
 
 
+def test_a_checkpoint_brings_its_place_to_a_computer_that_keeps_none(tmp_path):
+    place = Place(tmp_path / "here", name="one")
+    place.save({"batches": 3})
+    there = Place(tmp_path / "there", name="two", record=place.record)
+    assert (there.name, there.state) == ("one", {"batches": 3})
+    there.save({"batches": 4})
+    there.close()
+    kept = Place(tmp_path / "there", name="three", record=place.record)
+    assert kept.state == {"batches": 4}
+
+
+@pytest.mark.parametrize("record", [None, 3, {}, {"name": "one"}, {"name": ["one"], "state": {}}])
+def test_a_checkpoint_without_a_place_is_no_obstacle(tmp_path, record):
+    place = Place(tmp_path, name="one", record=record)
+    assert (place.name, place.state) == ("one", None)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": 3, "state": {}}', b'{"name": "one"}', b"\xff\xfe"])
 def test_a_damaged_file_is_a_new_start(tmp_path, content):
     place = Place(tmp_path, name="one")
