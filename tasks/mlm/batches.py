@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 FIRST_BATCHES, MOST_BATCHES = 4, 128
 """So many batches are made of the documents of one pool: few at first, as somebody waits; more sort better."""
-AT_ONCE = 16  # documents that are tokenized in one call
+AT_ONCE, CHARACTERS_AT_ONCE = 256, 100_000  # documents that are tokenized in one call
 AHEAD_OF_NEED = 1.25
 
 
@@ -57,6 +57,7 @@ class BatchStream:
     """Batches, one after the other, deterministic given the texts, the seed, and the shapes asked for.
 
     :param open_texts: the documents, from the beginning or from a state of theirs
+    :param clean: what documents go through first
     :param shape: the shape of the next batch; asked for each of them
     :param seed: of everything that is drawn, with the number of the pool or of the batch
     :param state: of an earlier stream, to go on where it was: no document is read a second time and none left out. It
@@ -68,6 +69,7 @@ class BatchStream:
         open_texts: Callable[[State | None], Texts],
         encoder: Encoder,
         *,
+        clean: Callable[[str], str] = str,
         shape: Callable[[], Shape],
         mask_probability: float,
         seed: str,
@@ -77,7 +79,8 @@ class BatchStream:
         self._state: State = {"texts": None, "documents": 0, "pools": 0, "batches": 0, "taken": []}
         if state is not None:
             self._state |= state
-        self._coming = _Reading(open_texts(self._state["texts"]), encoder)
+        self._clean = clean
+        self._coming = _Reading(open_texts(self._state["texts"]), clean, encoder)
         self._pool: Pool  # from the first batch on
         self._plan: list[Instances] = []
         self._planned, self._planned_for = 0, Shape(0, 0)
@@ -121,7 +124,7 @@ class BatchStream:
     def _take_pool(self, shape: Shape) -> None:
         read = self._coming
         read.read(self._wanted(shape))
-        self._pool, self._coming = joined(read.pools), _Reading(read.texts, self._encoder)
+        self._pool, self._coming = joined(read.pools), _Reading(read.texts, self._clean, self._encoder)
         self._note(texts=read.began, documents=read.documents, pools=self._state["pools"] + 1, taken=[])
         self._make_plan(shape, self._pool.ranges())
 
@@ -129,7 +132,7 @@ class BatchStream:
         """Read the pool that was under way again, and plan it as it was planned."""
         taken = self._state["taken"]
         self._coming.read_documents(self._state["documents"])
-        self._pool, self._coming = joined(self._coming.pools), _Reading(self._coming.texts, self._encoder)
+        self._pool, self._coming = joined(self._coming.pools), _Reading(self._coming.texts, self._clean, self._encoder)
         self._note(taken=[])
         ranges = self._pool.ranges()
         for positions, seq_length, batches in taken:
@@ -155,8 +158,8 @@ class BatchStream:
 class _Reading:
     """Documents on their way into a pool, tokenized."""
 
-    def __init__(self, texts: Texts, encoder: Encoder) -> None:
-        self.texts, self._encoder = texts, encoder
+    def __init__(self, texts: Texts, clean: Callable[[str], str], encoder: Encoder) -> None:
+        self.texts, self._clean, self._encoder = texts, clean, encoder
         self.began = texts.state_dict()
         self.documents = self.tokens = 0
         self.pools: list[Pool] = []
@@ -164,16 +167,29 @@ class _Reading:
     def read(self, tokens: int) -> None:
         """Go on until so many tokens are there."""
         while self.tokens < tokens:
-            self.read_documents(AT_ONCE)
+            self._tokenize(self._some(AT_ONCE))
 
     def read_documents(self, number: int) -> None:
-        for _ in range(number // AT_ONCE):
-            documents = list(islice(self.texts, AT_ONCE))
-            if len(documents) < AT_ONCE:
-                raise StopIteration  # closed
-            self.pools.append(Pool.of(documents, self._encoder))
-            self.documents += AT_ONCE
-            self.tokens += len(self.pools[-1].ids)
+        """Go on until so many documents are there."""
+        while self.documents < number:
+            self._tokenize(self._some(number - self.documents))
+
+    def _some(self, most: int) -> list[str]:
+        documents: list[str] = []
+        characters = 0
+        for document in islice(self.texts, most):
+            documents.append(document)
+            characters += len(document)
+            if characters >= CHARACTERS_AT_ONCE:
+                break
+        if not documents:
+            raise StopIteration  # the texts were closed
+        return documents
+
+    def _tokenize(self, documents: list[str]) -> None:
+        self.pools.append(Pool.of(map(self._clean, documents), self._encoder))
+        self.documents += len(documents)
+        self.tokens += len(self.pools[-1].ids)
 
 
 def joined(pools: list[Pool]) -> Pool:

@@ -177,6 +177,17 @@ def test_batches_of_short_and_long_instances_come_mixed(stream):
     assert np.corrcoef(widths[:-1], widths[1:])[0, 1] < 0.3
 
 
+def test_documents_are_cleaned_first(encoder, corpus):
+    texts = Texts([document.replace(" ", " #noise# ") for document in corpus[:50]], None)
+    clean = BatchStream(
+        lambda state: texts, encoder, clean=lambda text: text.replace(" #noise# ", " "), shape=lambda: SHAPE,
+        mask_probability=0.15, seed="ours",
+    )  # fmt: skip
+    dirty = Texts(corpus[:50], None)
+    plain = BatchStream(lambda state: dirty, encoder, shape=lambda: SHAPE, mask_probability=0.15, seed="ours")
+    assert same(take(clean, 5), take(plain, 5))
+
+
 def test_closing_ends_the_stream(stream):
     batches = stream()
     take(batches, 5)
