@@ -23,6 +23,7 @@ import pytest
 import zstandard
 
 from collab.errors import UserError
+from tasks.mlm import local_files
 from tasks.mlm import sources as module
 from tasks.mlm.corpus import is_heldout
 from tasks.mlm.sources import Source, documents
@@ -79,6 +80,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Itera
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "streamed":
         monkeypatch.setattr(module, "IN_MEMORY", 1)
+        monkeypatch.setattr(local_files, "SLICE", 5000)
         monkeypatch.setattr(module, "SLICE", 5000)
     return request.param
 
