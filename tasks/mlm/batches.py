@@ -5,7 +5,7 @@ about the same number of positions, so that 97 % and more of these are real toke
 (Rows of one instance each need no mask inside, and every one begins with the [CLS] that sentence order is judged by.)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -32,7 +32,7 @@ class Texts(Protocol):
 
     def __next__(self) -> str: ...
 
-    def __iter__(self) -> "Texts": ...
+    def __iter__(self) -> Iterator[str]: ...
 
     def state_dict(self) -> State:
         """Where the next document stands. JSON."""
