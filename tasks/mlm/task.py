@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ class MaskedLM:
             if mine != its:
                 raise UserError(f"The tokenizer in your {name} has {mine}, but this run's has {its}. {_KEEP_OUT}")
 
+    def texts(self, place: str, state: dict[str, Any] | None = None) -> Texts:
+        """The documents that a peer at this place trains on, from the beginning or from a state of theirs."""
+        return documents(
+            _sources(self.settings),
+            seed=self.settings["seed"],
+            place=place,
+            part="train",
+            cache_dir=self.cache_dir,
+            shuffle_buffer=self.settings["shuffle_buffer"],
+            state=state,
+        )
+
     def batches(
         self,
         micro_batch_size: Callable[[], int],
@@ -83,22 +96,10 @@ class MaskedLM:
         step: Callable[[], int],
         state: dict[str, Any] | None = None,
     ) -> BatchStream:
-        settings, cache_dir = self.settings, self.cache_dir
-
-        def open_texts(state: dict[str, Any] | None) -> Texts:
-            return documents(
-                _sources(settings),
-                seed=settings["seed"],
-                place=place,
-                part="train",
-                cache_dir=cache_dir,
-                shuffle_buffer=settings["shuffle_buffer"],
-                state=state,
-            )
-
+        settings = self.settings
         longest = settings["seq_length"]
         return BatchStream(
-            open_texts,
+            partial(self.texts, place),
             self.encoder,
             shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
             mask_probability=settings["mask_probability"],
