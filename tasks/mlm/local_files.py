@@ -381,13 +381,13 @@ def not_utf8(file: Path, at: int, error: UnicodeDecodeError) -> Fault:
 
 
 @lru_cache(maxsize=64)  # the footer of a table with thousands of row groups takes milliseconds to parse
-def metadata_of(file: Path) -> pq.FileMetaData:
+def metadata_of(file: Path, _changed: int) -> pq.FileMetaData:
     return pq.read_metadata(file)
 
 
 def row_groups(file: Path, column: str) -> list[Piece]:
     with reading(file):
-        metadata = metadata_of(file)
+        metadata = metadata_of(file, file.stat().st_mtime_ns)
         schema = metadata.schema.to_arrow_schema()
     if column not in schema.names:
         raise Damaged(f"{file} {no_column(column, schema.names)}")
@@ -422,11 +422,13 @@ class RowGroup:
         begin, end = max(int(low * count), start), None if high == 1.0 else int(high * count)
         if begin >= (count if end is None else end):
             return
-        with reading(self.file), pq.ParquetFile(self.file, metadata=metadata_of(self.file)) as table:
-            batches = table.iter_batches(step, row_groups=[self.index], columns=[self.column], use_threads=False)
-            for number, batch in enumerate(itertools.islice(batches, end)):
-                if number >= begin:
-                    window = Window(number, [])
-                    where = f"Row {{}} of row group {self.index} of {self.file}"
-                    texts_of_column(batch[self.column], self.column, where, number * step, window)
-                    yield window
+        with reading(self.file):
+            metadata = metadata_of(self.file, self.file.stat().st_mtime_ns)
+            with pq.ParquetFile(self.file, metadata=metadata) as table:
+                batches = table.iter_batches(step, row_groups=[self.index], columns=[self.column], use_threads=False)
+                for number, batch in enumerate(itertools.islice(batches, end)):
+                    if number >= begin:
+                        window = Window(number, [])
+                        where = f"Row {{}} of row group {self.index} of {self.file}"
+                        texts_of_column(batch[self.column], self.column, where, number * step, window)
+                        yield window
