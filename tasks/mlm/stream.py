@@ -222,7 +222,7 @@ class Stream:
             try:
                 window = future.result()
             except Damaged as error:
-                self._withdraw(reader)
+                self._end(reader)
                 self._bad_start(error)
                 self._note([Fault(DAMAGED, str(error))])
                 self.retry_at = 0.0
@@ -231,10 +231,8 @@ class Stream:
                 self._put_off(reader, error)
                 continue
             if window is None:
-                self._withdraw(reader)
+                self._end(reader)
                 self.failures = 0
-                if reader.turn == FROM_THE_MIDDLE and reader.position in self.middles:
-                    self.readers.insert(0, Reader(reader.position, turn=THE_REST))
                 continue
             self._install(reader, window)
             if self.collection.remote:
@@ -371,6 +369,12 @@ class Stream:
             self.readers.remove(reader)
         else:
             self.opened += 1
+
+    def _end(self, reader: Reader) -> None:
+        """Read nothing more of a piece, or, behind its end or its damage, what comes before the middle."""
+        self._withdraw(reader)
+        if reader.turn == FROM_THE_MIDDLE and reader.position in self.middles:
+            self.readers.insert(0, Reader(reader.position, turn=THE_REST))
 
     # ------------------------------------------------------------------------------------------ what goes wrong
 

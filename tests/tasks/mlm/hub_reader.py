@@ -75,7 +75,7 @@ def outcome(case: Callable[[HubServer, Path], Any], hub: HubServer, folder: Path
 def opened(folder: Path, *sources: dict[str, Any], **options: Any) -> Any:
     from tasks.mlm.sources import Source, documents
 
-    options = {"seed": 0, "place": "here", "part": "train", "shuffle_buffer": 50, "endless": False} | options
+    options = dict[str, Any](seed=0, place="here", part="train", shuffle_buffer=50, endless=False) | options
     return documents([Source.from_mapping(source) for source in sources], cache_dir=folder, **options)
 
 
