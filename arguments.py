@@ -103,7 +103,9 @@ class MLMArguments:
     lowercase: bool = option(True, "Lower-case the text, as ALBERT does. No effect in scripts without case.")
     seq_length: int = option(512, "Tokens in an instance at most, special tokens included.")
     mask_probability: float = option(0.15, "Share of the real tokens that the model has to restore.")
-    shuffle_buffer: int = option(10_000, "Documents held back for shuffling. Smaller saves memory, mixes less.")
+    shuffle_buffer: int = option(
+        10_000, "Documents of each source held in memory for shuffling. Smaller saves memory, mixes less."
+    )
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")

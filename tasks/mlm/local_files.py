@@ -60,14 +60,14 @@ def matching_files(pattern: str) -> list[Path]:
 def pieces_of_files(files: list[Path], column: str) -> list[Piece]:
     """Cut files into pieces; one that is damaged becomes a piece that says so when it is read.
 
-    :raises UserError: for an ending that is not known, and when none of the files is good
+    :raises UserError: for an ending that is not known, a file that may not be read, and when none of the files is good
     """
     pieces: list[Piece] = []
     broken: list[Piece] = []
     for file in files:
         try:
             pieces += pieces_of_file(file, column)
-        except (Damaged, Unavailable) as error:
+        except Damaged as error:
             broken.append(Broken(error))
     if broken and not pieces:
         raise cast(Broken, broken[0]).error
@@ -108,7 +108,7 @@ def reading(file: Path) -> Iterator[None]:
 class Broken:
     """A file that could not be opened when the run began."""
 
-    error: Damaged | Unavailable
+    error: Damaged
     size = 0
     sequential = False
 

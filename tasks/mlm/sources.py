@@ -261,7 +261,10 @@ class Documents(Iterator[str]):
         return after
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading has got to, as plain JSON of some kilobytes; `documents(..., state=...)` goes on from there."""
+        """Where reading has got to, as plain JSON of some kilobytes; `documents(..., state=...)` goes on from there.
+
+        Ask for it in the thread that reads, between two documents.
+        """
         return {
             "version": VERSION,
             "name": hashlib.blake2b(self.name.encode(), digest_size=8).hexdigest(),

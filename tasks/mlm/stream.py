@@ -122,7 +122,6 @@ class Stream:
         self.left_out = self.late = False
         self.retry_at = 0.0
         self._bad_starts = 0
-        self._worked: tuple[int, int] | None = None  # position and number of the last window that could be read
         self._unread = self._characters = 0  # in the windows
         self._pending: tuple[Reader, Future[Admitted | None]] | None = None
         self._kept: Admitted | None = None
@@ -136,6 +135,7 @@ class Stream:
         self.middles: dict[int, float] = {}  # where the first pieces are begun, as a share of their length
         self.readers: list[Reader] = []
         self.put_off: list[Reader] = []
+        self._worked: tuple[int, int] | None = None  # position and number of the last window that could be read
         if not self.buffer:
             self.order = list(range(len(pieces)))
             return
@@ -154,7 +154,7 @@ class Stream:
 
         :raises UserError: for a source that has never given anything and will not
         """
-        if self.wait > 0:
+        if self.wait > 0 and self.windows:
             self.wait -= 1
         elif self._wants():
             self.replenish()
@@ -439,7 +439,7 @@ class Stream:
             self.skipped[kind] += 1
             count = self.skipped[kind]
             if count == 1:
-                logger.warning("%s It is skipped; what else is wrong in this way is counted.", message)
+                logger.warning("Skipped, and only counted from now on: %s", message)
             elif str(count).strip("0") == "1":
                 logger.warning(
                     "%d documents or files of %s were skipped because %s. The last: %s",
@@ -456,6 +456,7 @@ class Stream:
         return {
             "source": self.collection.name,
             "fingerprint": self.collection.fingerprint,
+            "finished": self.finished,
             "passes": self.passes,
             "given": self.given,
             "documents": self.documents,
@@ -479,7 +480,7 @@ class Stream:
 
         :raises KeyError, TypeError, ValueError, IndexError: for a state that is none
         """
-        self.passes = int(state["passes"])
+        self.finished, self.passes = bool(state["finished"]), int(state["passes"])
         self._begin()
         self.given, self.documents, self.others = (int(state[key]) for key in ("given", "documents", "others"))
         self.opened, self.wait = int(state["opened"]), int(state["wait"])

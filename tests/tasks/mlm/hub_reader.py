@@ -10,13 +10,24 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from tests.hub_server import HubServer
 from tests.tasks.mlm.texts import TEXTS, json_lines, parquet
 
-CONFIGS = ["rows", "damaged", "partly", "blank"]
+
+def with_a_hole(content: bytes, group: int) -> bytes:
+    """A Parquet file in which one row group is nothing but zeros."""
+    chunk = pq.read_metadata(BytesIO(content)).row_group(group).column(0)
+    at, size = chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size
+    return content[:at] + bytes(size) + content[at + size :]
+
+
+CONFIGS = ["rows", "damaged", "partly", "hole", "blank"]
 FILES: dict[str, dict[str, bytes]] = {
     "us/texts": {
         "README.md": "\n".join(
@@ -27,6 +38,7 @@ FILES: dict[str, dict[str, bytes]] = {
         "damaged/0.parquet": b"PAR1 this is none PAR1",
         "partly/0.parquet": parquet(TEXTS[:300], rows=50),
         "partly/1.parquet": parquet(TEXTS[300:600], rows=50)[:5000],
+        "hole/0.parquet": with_a_hole(parquet(TEXTS[:500], rows=50), 3),
         "blank/0.parquet": parquet([*TEXTS[:200], None, "  ", *TEXTS[200:300]], rows=50),
     },
     "us/lines": {"train.jsonl": json_lines(TEXTS[:300])},
@@ -171,6 +183,7 @@ CASES: dict[str, Callable[[HubServer, Path], Any]] = {
     "lines held out": reading("us/lines", part="heldout"),
     "zipped": reading("us/zipped"),
     "partly damaged": reading(config="partly"),
+    "a hole": reading(config="hole"),
     "blank": reading(config="blank"),
     "no data set": reading("us/nothing"),
     "no config": reading(),

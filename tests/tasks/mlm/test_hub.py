@@ -93,6 +93,7 @@ def test_a_hub_that_does_not_answer_holds_up_nobody(hub):
 
 def test_a_damaged_file_costs_only_itself(hub):
     assert sorted(hub["partly damaged"]) == sorted(train(TEXTS[:300]))
+    assert sorted(hub["a hole"]) == sorted(train(TEXTS[:150] + TEXTS[200:500]))
     assert sorted(hub["blank"]) == sorted(train(TEXTS[:300]))
 
 

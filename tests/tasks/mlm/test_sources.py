@@ -177,10 +177,12 @@ def test_pattern_reaches_into_folders_and_layouts_are_read_as_documented(read):
         assert sorted(read({"files": pattern, "column": "body"}, endless=False)) == expected
 
 
-def test_several_frames_in_a_zstandard_file(read):
-    frames = [COMPRESS[".zst"]("\n\n".join(part).encode() + b"\n\n") for part in (TRAIN[:500], TRAIN[500:900])]
-    Path("corpus.txt.zst").write_bytes(b"".join(frames))
-    assert sorted(read({"files": "*.zst"}, endless=False)) == sorted(TRAIN[:900])
+@pytest.mark.parametrize("compression", [kind for kind in COMPRESS if kind])
+def test_several_frames_in_a_compressed_file(read, size, compression):
+    parts = (TRAIN[:500], TRAIN[500:900])
+    frames = [COMPRESS[compression]("\n\n".join(part).encode() + b"\n\n") for part in parts]
+    Path(f"corpus.txt{compression}").write_bytes(b"".join(frames) + b"\0" * 8)  # some tools pad
+    assert sorted(read({"files": "corpus*"}, endless=False)) == sorted(TRAIN[:900])
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -276,6 +278,13 @@ def test_what_is_no_text_is_skipped_counted_and_said(read, size, caplog, case):
     caplog.clear()
     list(read({"files": name}, part="heldout"))
     assert any(re.search(message, record.getMessage()) for record in caplog.records)
+
+
+def test_a_source_that_is_drawn_from_rarely_is_refused_at_the_start(read):
+    Path("good.jsonl").write_bytes(json_lines(TRAIN))
+    Path("bad.jsonl").write_bytes(json_lines(TRAIN, column="body"))
+    with pytest.raises(UserError, match=r"bad.jsonl has no column 'text'"):
+        next(read({"files": "good.jsonl", "weight": 1e6}, {"files": "bad.jsonl", "weight": 1e-6}))
 
 
 def test_what_is_skipped_is_said_at_the_first_tenth_and_hundredth(read, caplog):
