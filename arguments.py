@@ -111,7 +111,9 @@ class MLMArguments:
         "do for the first part of a run. 0: seq_length from the beginning.",
     )
     mask_probability: float = option(0.15, "Share of the real tokens that the model has to restore.")
-    shuffle_buffer: int = option(10_000, "Documents held back for shuffling. Smaller saves memory, mixes less.")
+    shuffle_buffer: int = option(
+        10_000, "Documents of each source held in memory for shuffling. Smaller saves memory, mixes less."
+    )
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")

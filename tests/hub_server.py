@@ -74,6 +74,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: ClassVar[HubServer]
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a header would wait for its body for 40 ms
 
     def log_message(self, *_: object) -> None:
         pass
@@ -208,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return
         headers = {"X-Repo-Commit": DATA_COMMIT}
+        if revision not in ("main", DATA_COMMIT):
+            return self._answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
         if path not in files:
             return self._answer(404, {"error": "no such file"}, headers | {"X-Error-Code": "EntryNotFound"})
         data = files[path]

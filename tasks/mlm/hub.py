@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from tasks.mlm.windows import Damaged, Piece, Unavailable, Window, is_text, no_column, no_text, seeded, texts_of_column
+from tasks.mlm.windows import (
+    DAMAGED,
+    Damaged,
+    Fault,
+    Piece,
+    Unavailable,
+    Window,
+    is_text,
+    no_column,
+    no_text,
+    seeded,
+    texts_of_column,
+)
 
 if TYPE_CHECKING:
     from tasks.mlm.sources import Source
@@ -46,9 +58,9 @@ def shards_of_dataset(source: "Source") -> tuple[list[Piece], str]:
             raise Damaged(f"{source.describe()} {no_column(source.column, columns)}")
         rows = rows.select_columns([source.column])  # pictures beside the text need not be decoded
     rows = rows.with_format("arrow")
-    known = rows.info.splits[source.split].num_examples if rows.info.splits else None
+    split = (rows.info.splits or {}).get(source.split)
     pieces: list[Piece] = [Shard(source, rows, index) for index in range(rows.num_shards)]
-    return pieces, f"{source.revision} {source.column} {len(pieces)} files, {known} rows"
+    return pieces, f"{source.revision} {source.column} {len(pieces)} files, {split and split.num_examples} rows"
 
 
 @dataclass(slots=True)
@@ -76,11 +88,7 @@ class Shard:
             if count > 1:
                 ranks = seeded(order).permutation(count).tolist() if order else list(range(count))
                 for rank in range(max(int(low * count), start >> RANK), int(high * count)):
-                    tables = groups.shard(count, ranks[rank]).iter(batch_size=ROWS)
-                    for number, table in enumerate(tables, rank << RANK):
-                        if number >= start:
-                            first = ROWS * (number - (rank << RANK))
-                            yield self.window(number, table, f"row {{}} of row group {ranks[rank]}", first)
+                    yield from self.row_group(groups.shard(count, ranks[rank]), ranks[rank], rank << RANK, start)
             elif high < 1.0:
                 for number, table in enumerate(islice(whole.iter(batch_size=ROWS), self.middle(whole, high))):
                     if number >= start:
@@ -90,6 +98,16 @@ class Shard:
                 yield from self.rows_from(whole, max(begin, start))
                 if self.length <= begin:
                     yield from self.rows_from(whole, max(self.middle(whole, low), start))
+
+    def row_group(self, rows: Any, index: int, base: int, start: int) -> Iterator[Window]:
+        """Read one row group, with windows counted from `base`; when it is damaged, the others need not be."""
+        try:
+            with reaching_the_hub(self.source):
+                for number, table in enumerate(rows.iter(batch_size=ROWS)):
+                    if base + number >= start:
+                        yield self.window(base + number, table, f"row {{}} of row group {index}", ROWS * number)
+        except Damaged as error:
+            yield Window(base + (1 << RANK) - 1, [], [Fault(DAMAGED, str(error))])
 
     def rows_from(self, whole: Any, begin: int) -> Iterator[Window]:
         for number, table in enumerate(whole.iter(batch_size=ROWS)):

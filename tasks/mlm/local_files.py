@@ -60,14 +60,14 @@ def matching_files(pattern: str) -> list[Path]:
 def pieces_of_files(files: list[Path], column: str) -> list[Piece]:
     """Cut files into pieces; one that is damaged becomes a piece that says so when it is read.
 
-    :raises UserError: for an ending that is not known, and when none of the files is good
+    :raises UserError: for an ending that is not known, a file that may not be read, and when none of the files is good
     """
     pieces: list[Piece] = []
     broken: list[Piece] = []
     for file in files:
         try:
             pieces += pieces_of_file(file, column)
-        except (Damaged, Unavailable) as error:
+        except Damaged as error:
             broken.append(Broken(error))
     if broken and not pieces:
         raise cast(Broken, broken[0]).error
@@ -108,7 +108,7 @@ def reading(file: Path) -> Iterator[None]:
 class Broken:
     """A file that could not be opened when the run began."""
 
-    error: Damaged | Unavailable
+    error: Damaged
     size = 0
     sequential = False
 
@@ -381,13 +381,13 @@ def not_utf8(file: Path, at: int, error: UnicodeDecodeError) -> Fault:
 
 
 @lru_cache(maxsize=64)  # the footer of a table with thousands of row groups takes milliseconds to parse
-def metadata_of(file: Path) -> pq.FileMetaData:
+def metadata_of(file: Path, _changed: int) -> pq.FileMetaData:
     return pq.read_metadata(file)
 
 
 def row_groups(file: Path, column: str) -> list[Piece]:
     with reading(file):
-        metadata = metadata_of(file)
+        metadata = metadata_of(file, file.stat().st_mtime_ns)
         schema = metadata.schema.to_arrow_schema()
     if column not in schema.names:
         raise Damaged(f"{file} {no_column(column, schema.names)}")
@@ -422,11 +422,13 @@ class RowGroup:
         begin, end = max(int(low * count), start), None if high == 1.0 else int(high * count)
         if begin >= (count if end is None else end):
             return
-        with reading(self.file), pq.ParquetFile(self.file, metadata=metadata_of(self.file)) as table:
-            batches = table.iter_batches(step, row_groups=[self.index], columns=[self.column], use_threads=False)
-            for number, batch in enumerate(itertools.islice(batches, end)):
-                if number >= begin:
-                    window = Window(number, [])
-                    where = f"Row {{}} of row group {self.index} of {self.file}"
-                    texts_of_column(batch[self.column], self.column, where, number * step, window)
-                    yield window
+        with reading(self.file):
+            metadata = metadata_of(self.file, self.file.stat().st_mtime_ns)
+            with pq.ParquetFile(self.file, metadata=metadata) as table:
+                batches = table.iter_batches(step, row_groups=[self.index], columns=[self.column], use_threads=False)
+                for number, batch in enumerate(itertools.islice(batches, end)):
+                    if number >= begin:
+                        window = Window(number, [])
+                        where = f"Row {{}} of row group {self.index} of {self.file}"
+                        texts_of_column(batch[self.column], self.column, where, number * step, window)
+                        yield window

@@ -206,7 +206,7 @@ class Documents(Iterator[str]):
         if not self._started:
             self._start()
         waited, candidates = 0.0, self._left
-        while not self._closed.is_set():
+        while self._left and not self._closed.is_set():
             index = self._choose(candidates)
             text = self.streams[index].take()
             if text is not None:
@@ -214,9 +214,7 @@ class Documents(Iterator[str]):
             candidates = [other for other in candidates if other != index]
             if self.streams[index].finished:
                 self._left = self._candidates()
-                if not self._left:
-                    break
-            if not candidates:
+            if self._left and not candidates:
                 waited = self._wait(waited)
                 candidates = self._left
         raise StopIteration
@@ -263,7 +261,10 @@ class Documents(Iterator[str]):
         return after
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading has got to, as plain JSON of some kilobytes; `documents(..., state=...)` goes on from there."""
+        """Where reading has got to, as plain JSON of some kilobytes; `documents(..., state=...)` goes on from there.
+
+        Ask for it in the thread that reads, between two documents.
+        """
         return {
             "version": VERSION,
             "name": hashlib.blake2b(self.name.encode(), digest_size=8).hexdigest(),

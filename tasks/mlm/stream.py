@@ -40,14 +40,17 @@ class Collection:
     keep: bool = False
 
 
+FROM_THE_MIDDLE, THE_REST, WHOLE = range(3)  # the turns in which a piece is read
+
+
 @dataclass(eq=False)
 class Reader:
     """A piece that is being read: its place in the order of the pass, and the window that comes next."""
 
     position: int
     start: int = 0
-    strikes: int = 0
-    failed: bool = False  # since another piece of the source was read well
+    turn: int = FROM_THE_MIDDLE
+    tries: int = 0  # that failed
     retry_at: float = 0.0
     windows: Iterator[Window] | None = None
 
@@ -72,6 +75,11 @@ class Admitted:
     faults: list[Fault] = field(default_factory=list)
 
 
+def pause(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(2.0 ** min(failures - 1, 60), LONGEST_PAUSE)
+
+
 class Stream:
     """The documents of one source, pass after pass.
 
@@ -79,8 +87,9 @@ class Stream:
     `buffer` documents are in memory; each document is drawn from one of them by chance. Everything that decides about
     the next document is a number in `state_dict`.
 
-    A piece that cannot be read is put off, and others are read instead; it is given up when they can be read and it
-    cannot. When none can, the stream is tried again after pauses that double, and gives what it has meanwhile.
+    A piece that cannot be read is put off, and others are read instead. When no others are left, it is given up only
+    if what was read before can be read now. A stream of which nothing can be read is tried again after pauses that
+    double, and gives what it has meanwhile.
 
     :param name: decides about all orders
     :param buffer: documents to shuffle; 0 for one plain pass in stored order
@@ -123,9 +132,10 @@ class Stream:
         pieces = self.collection.pieces
         self.given = 0  # documents of this pass
         self.opened = 0  # positions of the order that were begun
-        self.spans: dict[int, tuple[float, float]] = {}
+        self.middles: dict[int, float] = {}  # where the first pieces are begun, as a share of their length
         self.readers: list[Reader] = []
         self.put_off: list[Reader] = []
+        self._worked: tuple[int, int] | None = None  # position and number of the last window that could be read
         if not self.buffer:
             self.order = list(range(len(pieces)))
             return
@@ -134,11 +144,8 @@ class Stream:
         # Peers that begin in the middle of the files that cannot be cut stay apart. Only in the first files: what is
         # passed over is read twice.
         for position in range(min(self.width, len(pieces))):
-            if pieces[self.order[position]].sequential and not self.collection.keep:
-                share = float(random.random())
-                self.spans[position] = (share, 1.0)
-                self.spans[len(self.order)] = (0.0, share)
-                self.order.append(self.order[position])
+            if pieces[self.order[position]].sequential:
+                self.middles[position] = float(random.random())
 
     # ------------------------------------------------------------------------------------------ giving
 
@@ -147,7 +154,7 @@ class Stream:
 
         :raises UserError: for a source that has never given anything and will not
         """
-        if self.wait > 0:
+        if self.wait > 0 and self.windows:
             self.wait -= 1
         elif self._wants():
             self.replenish()
@@ -203,6 +210,7 @@ class Stream:
         while not self.finished:
             if self._pending is None and not self.ask():
                 if self.clock() < self.retry_at or self.windows or self.put_off:
+                    self._say_whether_left_out()
                     return
                 self._end_pass()
                 continue
@@ -214,15 +222,16 @@ class Stream:
             try:
                 window = future.result()
             except Damaged as error:
-                self._withdraw(reader)
+                self._end(reader)
                 self._bad_start(error)
                 self._note([Fault(DAMAGED, str(error))])
+                self.retry_at = 0.0
                 continue
             except Unavailable as error:
                 self._put_off(reader, error)
                 continue
             if window is None:
-                self._withdraw(reader)
+                self._end(reader)
                 self.failures = 0
                 continue
             self._install(reader, window)
@@ -241,7 +250,7 @@ class Stream:
 
         def read() -> None:
             try:
-                future.set_result(self._read(reader))
+                future.set_result(self._read_or_give_up(reader))
             except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
                 future.set_exception(error)
 
@@ -256,6 +265,7 @@ class Stream:
         """Wait for the thread, if one is reading: Python may not end while it is inside pyarrow."""
         if self._pending:
             wait([self._pending[1]], timeout)
+        self.readers.clear()
 
     def _others(self) -> bool:
         return bool(self.readers) or self.opened < len(self.order)
@@ -270,6 +280,24 @@ class Stream:
             return Reader(self.opened)
         return self.readers[0] if self.readers else None
 
+    def _read_or_give_up(self, reader: Reader) -> Admitted | None:
+        try:
+            return self._read(reader)
+        except Unavailable as error:
+            last_chance = max(reader.tries, self.failures) + 1 >= TRIES and not self._others()
+            if (last_chance or len(self.put_off) >= MOST_PUT_OFF) and self._works():
+                raise Damaged(str(error)) from error
+            raise
+
+    def _works(self) -> bool:
+        """Whether what could be read before can be read now."""
+        if self._worked is None:
+            return False
+        try:
+            return self._read(Reader(*self._worked, turn=WHOLE)) is not None
+        except (Damaged, Unavailable):
+            return False
+
     def _read(self, reader: Reader) -> Admitted | None:
         """Read the next window of a piece; None at its end."""
         if self.collection.keep and self._kept:
@@ -277,7 +305,8 @@ class Stream:
         if reader.windows is None:
             index = self.order[reader.position]
             order = f"{self.name} pass {self.passes} piece {index}" if self.buffer else None
-            low, high = self.spans.get(reader.position, (0.0, 1.0))
+            middle = 0.0 if reader.turn == WHOLE else self.middles.get(reader.position, 0.0)
+            low, high = (0.0, middle) if reader.turn == THE_REST else (middle, 1.0)
             reader.windows = self.collection.pieces[index].windows(low, high, reader.start, order)
         for window in reader.windows:
             texts, others = admitted(window.texts, self.part)
@@ -306,10 +335,8 @@ class Stream:
         self._withdraw(reader)
         if self.collection.pieces[self.order[reader.position]].sequential:
             self.readers.append(reader)
-        reader.start, reader.failed, reader.strikes = window.number + 1, False, 0
-        for other in self.put_off:
-            other.strikes += other.failed
-            other.failed = False
+        reader.start, reader.tries = window.number + 1, 0
+        self._worked = reader.position, window.number
         self.failures, self.retry_at = 0, 0.0
         if self.left_out:
             logger.info("%s can be read again, and comes back.", self.collection.name)
@@ -343,28 +370,36 @@ class Stream:
         else:
             self.opened += 1
 
+    def _end(self, reader: Reader) -> None:
+        """Read nothing more of a piece, or, behind its end or its damage, what comes before the middle."""
+        self._withdraw(reader)
+        if reader.turn == FROM_THE_MIDDLE and reader.position in self.middles:
+            self.readers.insert(0, Reader(reader.position, turn=THE_REST))
+
     # ------------------------------------------------------------------------------------------ what goes wrong
 
     def _put_off(self, reader: Reader, error: Unavailable) -> None:
-        """Come back to a piece later, unless nothing else is left and others were read while this one failed."""
-        self._withdraw(reader)
+        """Come back to a piece later."""
+        others = self._others()
+        if reader in self.put_off or len(self.put_off) < MOST_PUT_OFF:
+            self._withdraw(reader)
+            self.put_off.append(reader)
         self.error = error
-        if (reader.strikes >= TRIES and not self._others()) or len(self.put_off) >= MOST_PUT_OFF:
-            self._note([Fault(DAMAGED, str(error))])
-            return
         self.failures += 1
-        pause = min(2.0 ** (self.failures + reader.strikes - 1), LONGEST_PAUSE)
-        reader.windows, reader.failed, reader.retry_at = None, True, self.clock() + pause
-        self.put_off.append(reader)
-        if self.failures > 1 or not self._others():
-            self.retry_at = reader.retry_at
-        if self.failures == TRIES and self.good:
+        reader.tries += 1
+        reader.windows = None
+        reader.retry_at = self.clock() + pause(reader.tries)
+        if self.failures > 1 or not others:
+            self.retry_at = self.clock() + pause(self.failures)
+
+    def _say_whether_left_out(self) -> None:
+        if self.failures >= TRIES and self.good and not self.windows and not self.left_out:
+            self.left_out = True
             logger.warning(
                 "%s is left out for now: %s It is tried again at intervals and comes back when it can be read.",
                 self.collection.name,
-                error,
+                self.error,
             )
-        self.left_out = self.failures >= TRIES
 
     def _bad_start(self, error: UserError) -> None:
         """Refuse a source of which nothing could ever be read."""
@@ -380,7 +415,7 @@ class Stream:
             self._refuse_if_empty()
             if self.endless:  # a pass that gave something before gives nothing now: do not look for it at full speed
                 self.failures += 1
-                self.retry_at = self.clock() + min(2.0**self.failures, LONGEST_PAUSE)
+                self.retry_at = self.clock() + pause(self.failures)
         self.passes += 1
         if self.endless:
             self._begin()
@@ -404,7 +439,7 @@ class Stream:
             self.skipped[kind] += 1
             count = self.skipped[kind]
             if count == 1:
-                logger.warning("%s It is skipped; what else is wrong in this way is counted.", message)
+                logger.warning("Skipped, and only counted from now on: %s", message)
             elif str(count).strip("0") == "1":
                 logger.warning(
                     "%d documents or files of %s were skipped because %s. The last: %s",
@@ -421,6 +456,7 @@ class Stream:
         return {
             "source": self.collection.name,
             "fingerprint": self.collection.fingerprint,
+            "finished": self.finished,
             "passes": self.passes,
             "given": self.given,
             "documents": self.documents,
@@ -429,8 +465,8 @@ class Stream:
             "drawn": self.draws.drawn,
             "wait": self.wait,
             "opened": self.opened,
-            "readers": [[reader.position, reader.start] for reader in self.readers],
-            "put_off": [[reader.position, reader.start, reader.strikes] for reader in self.put_off],
+            "readers": [[reader.position, reader.start, reader.turn] for reader in self.readers],
+            "put_off": [[reader.position, reader.start, reader.turn] for reader in self.put_off],
             "windows": [[open.position, open.number, open.count - len(open.texts)] for open in self.windows],
         }
 
@@ -444,16 +480,16 @@ class Stream:
 
         :raises KeyError, TypeError, ValueError, IndexError: for a state that is none
         """
-        self.passes = int(state["passes"])
+        self.finished, self.passes = bool(state["finished"]), int(state["passes"])
         self._begin()
         self.given, self.documents, self.others = (int(state[key]) for key in ("given", "documents", "others"))
         self.opened, self.wait = int(state["opened"]), int(state["wait"])
         self.skipped = Counter({str(kind): int(count) for kind, count in state["skipped"].items()})
         self.draws = Draws(self.name, int(state["drawn"]))
-        self.readers = [Reader(int(position), int(start)) for position, start in state["readers"]]
-        self.put_off = [
-            Reader(int(position), int(start), int(strikes)) for position, start, strikes in state["put_off"]
-        ]
+        self.readers, self.put_off = (
+            [Reader(int(position), int(start), int(turn)) for position, start, turn in state[key]]
+            for key in ("readers", "put_off")
+        )
         taken = {(int(position), int(number)): int(count) for position, number, count in state["windows"]}
         found: dict[tuple[int, int], Admitted] = {}
         for position in sorted({position for position, _ in taken}):
@@ -463,14 +499,15 @@ class Stream:
                 self._open(key[0], found[key], count)
 
     def _read_again(self, position: int, numbers: list[int], found: dict[tuple[int, int], Admitted]) -> None:
-        reader = Reader(position, min(numbers))
+        reader = Reader(position, min(numbers), WHOLE)
         try:
             while reader.start <= max(numbers) and (window := self._read(reader)):
                 reader.start = window.number + 1
+                self._worked = position, window.number
                 found[position, window.number] = window
         except (Damaged, Unavailable) as error:
             self._note([Fault(DAMAGED, str(error))])
             return
         for other in self.readers:
-            if (other.position, other.start) == (position, reader.start):
+            if (other.position, other.start, other.turn) == (position, reader.start, FROM_THE_MIDDLE):
                 other.windows = reader.windows

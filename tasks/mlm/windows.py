@@ -6,6 +6,7 @@ reading goes on from there without what came before.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,6 +18,8 @@ from collab.errors import UserError
 from tasks.mlm.corpus import SURROGATE, is_heldout
 
 LONGEST = 100_000  # characters; a longer document is cut at white space, so that no later step meets 50 MB at once
+
+SPACE = re.compile(r"\s*")
 
 Part = Literal["train", "heldout"]
 
@@ -141,15 +144,14 @@ def admitted(texts: Iterable[str], part: Part) -> tuple[list[str], int]:
 def cut(text: str) -> Iterator[str]:
     """Cut a text into parts of at most LONGEST characters, at white space where there is some; nothing else is lost."""
     at = 0
-    while at < len(text):
+    while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         head = text[at : at + LONGEST]
         if at + LONGEST < len(text) and not text[at + LONGEST].isspace():
             words = head.rsplit(None, 1)
             if len(words) == 2:
                 head = words[0]
         at += len(head)
-        if part := head.strip():
-            yield part
+        yield head.rstrip()
 
 
 def seeded(name: str) -> np.random.Generator:
