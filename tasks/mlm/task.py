@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, Au
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
+from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.instances import instances
 from tasks.mlm.masking import Vocabulary, collate
 from tasks.mlm.sources import Source, documents
@@ -25,7 +26,6 @@ from tokenizer.train import train_tokenizer
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # the bar of `save_pretrained` would draw over the console line of the run
 
-MEGABYTE = 10**6
 _KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own without --initial_peers."
 
 
@@ -175,7 +175,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
     """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
     name = settings["tokenizer"]
     if name is None:
-        wanted = ("sources", "vocab_size", "tokenizer_megabytes", "lowercase", "seed")
+        wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)
         folder = cache_dir / "tokenizers" / sha256(recipe.encode()).hexdigest()[:16]
         if not folder.exists():
@@ -190,10 +190,12 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
                 endless=False,
             )
             train_tokenizer(
-                _up_to(texts, settings["tokenizer_megabytes"] * MEGABYTE),
+                map(make_cleaner(settings["cleaning"]), texts),
                 folder,
                 vocab_size=settings["vocab_size"],
+                normalizer=settings["normalizer"],
                 lowercase=settings["lowercase"],
+                megabytes=settings["tokenizer_megabytes"],
                 seed=settings["seed"],
             )
         name = str(folder)
@@ -212,12 +214,3 @@ def _identify_tokenizer(folder: Path) -> str:
     rules = json.dumps(sorted(tokenizer.get_vocab().items()))
     rules += tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
     return f"{len(tokenizer):,} entries and fingerprint {sha256(rules.encode()).hexdigest()[:8]}"
-
-
-def _up_to(texts: Iterable[str], budget: float) -> Iterator[str]:
-    """Texts until `budget` bytes of UTF-8 have gone by."""
-    for text in texts:
-        if budget <= 0:
-            return
-        budget -= len(text.encode("utf-8"))
-        yield text
