@@ -20,6 +20,8 @@ from transformers import HfArgumentParser
 
 from collab.device import PRECISIONS
 from collab.errors import UserError
+from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
+from tokenizer.normalizers import NORMALIZERS
 
 T = TypeVar("T")
 
@@ -93,12 +95,23 @@ class MLMArguments:
         "Where text comes from, a list of mappings: {embedded: true}, {files: 'corpus/*.jsonl.gz', column: text} or "
         "{hub: org/name, config: ..., split: train, column: text}, each with an optional weight.",
     )
+    cleaning: list[str] = option(
+        list(DEFAULT_RULES),
+        "Rules that documents go through before they are cut: markup (HTML), urls (addresses on the web and of mail), "
+        "controls (characters that show nothing), bengali (| for danda), arabic (Latin ? , ;), repeats (at most three "
+        "of a character). [] for none.",
+    )
     tokenizer: str | None = option(
         None, "Folder or Hub name of a tokenizer. Left out: the organizer's peer trains one from `sources`."
     )
     vocab_size: int = option(30_000, "Entries of the tokenizer that is trained when `tokenizer` is left out.")
     tokenizer_megabytes: float = option(
-        200.0, "MB of text that the tokenizer is trained on. More helps rare scripts; a minute for every 50 MB."
+        200.0, "MB of text that the tokenizer is trained on. More helps rare scripts; 200 take about two minutes."
+    )
+    normalizer: str = option(
+        "nfkc",
+        "Normaliser of the tokenizer that is trained: nfkc suits most languages, bengali unifies spellings that look "
+        "the same, arabic drops vowel marks and tatweel. It becomes part of the tokenizer.",
     )
     lowercase: bool = option(True, "Lower-case the text, as ALBERT does. No effect in scripts without case.")
     seq_length: int = option(512, "Tokens in an instance at most, special tokens included.")
@@ -117,6 +130,8 @@ class MLMArguments:
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")
+        make_cleaner(self.cleaning)  # refuses what it does not know
+        require(self.normalizer in NORMALIZERS, "normalizer", self.normalizer, f"one of {', '.join(NORMALIZERS)}")
         require(self.vocab_size >= 64, "vocab_size", self.vocab_size, "at least 64")
         require(self.tokenizer_megabytes > 0, "tokenizer_megabytes", self.tokenizer_megabytes, "above 0")
         long_enough = self.seq_length >= 16 and self.seq_length % 8 == 0  # batches are padded to a multiple of 8
@@ -355,7 +370,7 @@ class AuxArguments:
 
 AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
-    "max_global_steps", "sources", "mask_probability", "seq_length_start", "seq_length_warmup_steps", "learning_rate",
+    "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps", "learning_rate",
     "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every", "quorum",
     "failed_round",
 })  # fmt: skip

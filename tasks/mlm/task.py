@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
 from tasks.mlm.batches import BatchStream, Shape, Texts
+from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
 from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
@@ -25,7 +26,6 @@ from tokenizer.train import train_tokenizer
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # the bar of `save_pretrained` would draw over the console line of the run
 
-MEGABYTE = 10**6
 _KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own without --initial_peers."
 
 
@@ -101,6 +101,7 @@ class MaskedLM:
         return BatchStream(
             partial(self.texts, place),
             self.encoder,
+            clean=make_cleaner(settings["cleaning"]),
             shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
             mask_probability=settings["mask_probability"],
             seed=f"{settings['seed']} {place}",
@@ -213,7 +214,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
     """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
     name = settings["tokenizer"]
     if name is None:
-        wanted = ("sources", "vocab_size", "tokenizer_megabytes", "lowercase", "seed")
+        wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)
         folder = cache_dir / "tokenizers" / sha256(recipe.encode()).hexdigest()[:16]
         if not folder.exists():
@@ -228,10 +229,12 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
                 endless=False,
             )
             train_tokenizer(
-                _up_to(texts, settings["tokenizer_megabytes"] * MEGABYTE),
+                map(make_cleaner(settings["cleaning"]), texts),
                 folder,
                 vocab_size=settings["vocab_size"],
+                normalizer=settings["normalizer"],
                 lowercase=settings["lowercase"],
+                megabytes=settings["tokenizer_megabytes"],
                 seed=settings["seed"],
             )
         name = str(folder)
@@ -250,12 +253,3 @@ def _identify_tokenizer(folder: Path) -> str:
     rules = json.dumps(sorted(tokenizer.get_vocab().items()))
     rules += tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
     return f"{len(tokenizer):,} entries and fingerprint {sha256(rules.encode()).hexdigest()[:8]}"
-
-
-def _up_to(texts: Iterable[str], budget: float) -> Iterator[str]:
-    """Texts until `budget` bytes of UTF-8 have gone by."""
-    for text in texts:
-        if budget <= 0:
-            return
-        budget -= len(text.encode("utf-8"))
-        yield text
