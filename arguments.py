@@ -370,9 +370,9 @@ class AuxArguments:
 
 AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
-    "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps", "learning_rate",
-    "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every", "quorum",
-    "failed_round",
+    "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps",
+    "learning_rate", "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every",
+    "quorum", "failed_round",
 })  # fmt: skip
 """What the organizer can change while a run goes on: nothing has to be built anew for it."""
 EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)

@@ -131,6 +131,9 @@ class TextMeter:
     def state_dict(self) -> dict[str, Any]:
         return self.documents.state_dict()
 
+    def close(self) -> None:
+        self.documents.close()
+
 
 class ObservedLM(MaskedLM):
     """The run's task, with a meter between its text and its batches."""
