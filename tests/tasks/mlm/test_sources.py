@@ -273,7 +273,7 @@ def test_what_is_no_text_is_skipped_counted_and_said(read, size, caplog, case):
     found = read({"files": name}, endless=False)
     assert sorted(found) == sorted(texts)
     assert found.report()[0]["skipped"] == skipped
-    assert caplog.records[0].levelname == "WARNING"
+    assert caplog.records[0].levelno == logging.WARNING
     assert len(caplog.records) == len(skipped)  # one for each kind, however many there are
     caplog.clear()
     list(read({"files": name}, part="heldout"))
