@@ -28,4 +28,4 @@ def test_ours_and_that_of_2021_give_batches_of_the_same_kind(small, tokenizer_fo
 def test_the_same_text_has_as_many_tokens_in_each_way(small, tokenizer_folder, corpus):
     rates = [way(corpus, tokenizer_folder) for way in (raw, ours, ours_loaded, reference)]
     per_megabyte = [(cost.words or cost.tokens) / cost.megabytes for cost in rates]
-    assert max(per_megabyte) < 1.2 * min(per_megabyte)
+    assert max(per_megabyte) < 1.5 * min(per_megabyte)
