@@ -20,6 +20,8 @@ from transformers import HfArgumentParser
 
 from collab.device import PRECISIONS
 from collab.errors import UserError
+from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
+from tokenizer.normalizers import NORMALIZERS
 
 T = TypeVar("T")
 
@@ -93,24 +95,51 @@ class MLMArguments:
         "Where text comes from, a list of mappings: {embedded: true}, {files: 'corpus/*.jsonl.gz', column: text} or "
         "{hub: org/name, config: ..., split: train, column: text}, each with an optional weight.",
     )
+    cleaning: list[str] = option(
+        list(DEFAULT_RULES),
+        "Rules that documents go through before they are cut: markup (HTML), urls (addresses on the web and of mail), "
+        "controls (characters that show nothing), bengali (| for danda), arabic (Latin ? , ;), repeats (at most three "
+        "of a character). [] for none.",
+    )
     tokenizer: str | None = option(
         None, "Folder or Hub name of a tokenizer. Left out: the organizer's peer trains one from `sources`."
     )
     vocab_size: int = option(30_000, "Entries of the tokenizer that is trained when `tokenizer` is left out.")
     tokenizer_megabytes: float = option(
-        200.0, "MB of text that the tokenizer is trained on. More helps rare scripts; a minute for every 50 MB."
+        200.0, "MB of text that the tokenizer is trained on. More helps rare scripts; 200 take about two minutes."
+    )
+    normalizer: str = option(
+        "nfkc",
+        "Normaliser of the tokenizer that is trained: nfkc suits most languages, bengali unifies spellings that look "
+        "the same, arabic drops vowel marks and tatweel. It becomes part of the tokenizer.",
     )
     lowercase: bool = option(True, "Lower-case the text, as ALBERT does. No effect in scripts without case.")
     seq_length: int = option(512, "Tokens in an instance at most, special tokens included.")
+    seq_length_start: int = option(
+        128, "Tokens in an instance at most when the run begins, with seq_length_warmup_steps."
+    )
+    seq_length_warmup_steps: int = option(
+        0,
+        "Global steps in which the length grows from seq_length_start to seq_length: short instances are cheaper, and "
+        "do for the first part of a run. 0: seq_length from the beginning.",
+    )
     mask_probability: float = option(0.15, "Share of the real tokens that the model has to restore.")
-    shuffle_buffer: int = option(10_000, "Documents held back for shuffling. Smaller saves memory, mixes less.")
+    shuffle_buffer: int = option(
+        10_000, "Documents of each source held in memory for shuffling. Smaller saves memory, mixes less."
+    )
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")
+        make_cleaner(self.cleaning)  # refuses what it does not know
+        require(self.normalizer in NORMALIZERS, "normalizer", self.normalizer, f"one of {', '.join(NORMALIZERS)}")
         require(self.vocab_size >= 64, "vocab_size", self.vocab_size, "at least 64")
         require(self.tokenizer_megabytes > 0, "tokenizer_megabytes", self.tokenizer_megabytes, "above 0")
         long_enough = self.seq_length >= 16 and self.seq_length % 8 == 0  # batches are padded to a multiple of 8
         require(long_enough, "seq_length", self.seq_length, "at least 16, and a multiple of 8")
+        start = self.seq_length_start
+        require(start >= 16 and start % 8 == 0, "seq_length_start", start, "at least 16, and a multiple of 8")
+        steps = self.seq_length_warmup_steps
+        require(steps >= 0, "seq_length_warmup_steps", steps, "0 or more")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
 
@@ -295,7 +324,9 @@ class TrainerArguments:
         "ones, float32 on CPUs.",
     )
     micro_batch_size: int = option(
-        0, "Samples in one forward and backward pass; halved when memory runs out. 0: measured in the first seconds."
+        0,
+        "Samples of seq_length tokens in one forward and backward pass, more if they are shorter; halved when memory "
+        "runs out. 0: measured in the first seconds.",
     )
     threads: int = option(0, "CPU threads of the training step; 0 leaves it to PyTorch.")
     offload_optimizer: bool = option(False, "Keep the optimizer's state in RAM instead of in the GPU's memory.")
@@ -339,8 +370,9 @@ class AuxArguments:
 
 AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
-    "max_global_steps", "sources", "mask_probability", "learning_rate", "min_learning_rate", "warmup_steps",
-    "max_grad_norm", "target_batch_size", "average_state_every", "quorum", "failed_round",
+    "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps",
+    "learning_rate", "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every",
+    "quorum", "failed_round",
 })  # fmt: skip
 """What the organizer can change while a run goes on: nothing has to be built anew for it."""
 EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)

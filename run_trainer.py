@@ -6,8 +6,8 @@ ADDRESS is the line that the run's auxiliary peer prints. Without it, a new run 
 """
 
 import contextlib
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from hivemind.utils import get_dht_time
@@ -34,12 +34,14 @@ from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
 from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
+from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
 from collab.selftest import self_test
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
 from collab.watch import ModelWatch
 from tasks import Batch, find_task
+from tasks.loader import Loader
 
 
 def main() -> None:
@@ -124,29 +126,33 @@ def main() -> None:
             scaler.scale(loss).backward()
             return loss.detach()
 
+        def load(state: dict[str, Any] | None) -> Loader:
+            stream = task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
+            return Loader(stream, stop)
+
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
-            # With the step in its place, a peer that comes back does not see its first samples again.
-            place = f"{peer.peer_id}/{max(optimizer.local_epoch, optimizer.tracker.global_epoch)}"
-            micro_batch = MicroBatch(mine.micro_batch_size or TRIAL_SAMPLES)
-            batches = task.batches(micro_batch, place)
+            micro_batch = MicroBatch(mine.micro_batch_size)
             if mine.micro_batch_size == 0:  # before the state is taken over, which would be old afterwards
-                trial = next(batches)
-                stages.done("text")
                 tuned = tune_micro_batch(
                     compute_gradients,
                     task.model,
-                    trial,
+                    task.trial_batch(TRIAL_SAMPLES),
                     target_batch_size=settings["target_batch_size"],
                     matchmaking_time=settings["matchmaking_time"],
                 )
                 console.line(tuned.as_line())
                 micro_batch.size = tuned.size
-                batches = chain(split(trial, micro_batch), batches)
                 optimizer.tracker.performance_ema.reset_timer()  # this was no training
                 stages.done("tuning")
+            place = Place(
+                cache_dir / "places" / manifest.swarm_id,
+                name=peer.peer_id,
+                record=resumed and resumed.trainer_state.get("place"),
+            )
+            batches = load(place.state)
             if network.initial_peers:
                 optimizer.load_state_from_peers()
             if resumed or network.initial_peers:
@@ -160,13 +166,17 @@ def main() -> None:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
                     settings = task.settings = wanted
                     optimizer.adopt(settings)
-                    batches = task.batches(micro_batch, f"{peer.peer_id}/{step}")
+                    batches.close()
+                    place.move(f"{peer.peer_id}/{step}")
+                    batches = load(None)
                     continue
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:  # told to stop while there was no text
+                    break
                 loss = unless_out_of_memory(compute_gradients, batch)
                 if loss is None:
                     micro_batch.halve()
-                    batches = chain(split(batch, micro_batch), batches)
+                    batches.put_back(split(batch, micro_batch))
                     console.line(f"Memory ran out; from now on micro-batches have {micro_batch.size} samples")
                     continue
                 if scaler.is_enabled():
@@ -216,12 +226,14 @@ def main() -> None:
                     grad_norm=optimizer.guard.grad_norm,
                     sketch=sketch(task.model.parameters()),
                     skipped_batches=skipped,
+                    data_wait=batches.wait_share(),
                     client_mode=peer.client_mode,
                     time=get_dht_time(),
                     **report.as_record(),
                 )
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
                 console.line(record.as_line(settings["max_global_steps"]))
+                place.save(batches.state_dict())
                 lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
                 if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
@@ -231,11 +243,12 @@ def main() -> None:
                         optimizer.reload("this peer's model is another one than most have")
 
             # ---- leave
+            place.save(batches.state_dict())
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
-                state = {"run_id": run_id, "global_step": step, "samples": samples_total}
+                state = {"run_id": run_id, "global_step": step, "samples": samples_total, "place": place.record}
                 save_checkpoint(
                     Path(mine.save_dir),
                     save_pretrained=task.save_pretrained,

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STEP = 10**9
 MAX_REASON = 200
+TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
 
 
@@ -55,6 +56,8 @@ class PeerRecord(BaseModel):
     """`agreement.sketch` of the parameters after this step."""
     skipped_batches: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Micro-batches of this session that were dropped for a NaN or infinite gradient."""
+    data_wait: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
+    """Share of the time since the last step in which this peer's device waited for samples."""
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
@@ -73,9 +76,11 @@ class PeerRecord(BaseModel):
         if self.applied:
             megabytes = (self.bytes_sent + self.bytes_received) / 10**6
             traffic = f" ({self.parts:.0%} of the parts, {megabytes:.1f} MB, {self.allreduce_seconds:.1f} s)"
+        waited = f"  {self.data_wait:.0%} of the time waiting for data" if self.data_wait >= TOLD_WAIT else ""
         return (
             f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.samples_per_second:.0f} samples/s  "
-            f"peers {self.peers_met}/{self.peers_expected}{traffic}  {self.samples_total:,} samples given{verdict}"
+            f"peers {self.peers_met}/{self.peers_expected}{traffic}  {self.samples_total:,} samples given"
+            f"{waited}{verdict}"
         )
 
 

@@ -44,6 +44,8 @@ class StepSummary:
     """Of the slowest peer."""
     allreduce_seconds: float
     """Of the slowest peer."""
+    data_wait: float
+    """Share of the time in which a peer's device waited for samples, mean over peers."""
     time: float
     """When it was complete, in seconds since 1970."""
 
@@ -120,5 +122,6 @@ def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
         model_spread=spread(sketches) if sketches else math.nan,
         matchmaking_seconds=max(record.matchmaking_seconds for record in records),
         allreduce_seconds=max(record.allreduce_seconds for record in records),
+        data_wait=sum(record.data_wait for record in records) / len(records),
         time=time.time(),
     )

@@ -225,7 +225,7 @@ class Visit:
         settings = self.manifest.latest | {"shuffle_buffer": 1}  # else the first sample comes when the buffer is full
         task = find_task(settings["task"])(settings, self.manifest.unpack(self.cache_dir), self.cache_dir)
         self.parameters = sum(param.numel() for param in task.model.parameters())
-        next(task.batches(lambda: 1, place="doctor"))
+        next(task.batches(lambda: 1, place="doctor", step=lambda: 0))
         return Finding("data", "ok", f"A sample could be made: {task.description().get('Data', settings['task'])}.")
 
     def check_bandwidth(self) -> Finding:

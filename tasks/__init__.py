@@ -17,6 +17,20 @@ TASKS = {"mlm": "tasks.mlm.task:MaskedLM"}
 """Name in a run's YAML: where its class is. A new task is one folder and one line here."""
 
 
+class Batches(Protocol):
+    """An endless stream of micro-batches that can be taken up again."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands. JSON, some kB."""
+
+    def close(self) -> None:
+        """End; also a waiting for the next batch that goes on in another thread."""
+
+
 class Task(Protocol):
     """One thing to train. The programs use nothing of a task but this.
 
@@ -52,12 +66,25 @@ class Task(Protocol):
         :param folder: holds the files that `prepare` returned.
         """
 
-    def batches(self, micro_batch_size: Callable[[], int], place: str) -> Iterator[Batch]:
+    def batches(
+        self,
+        micro_batch_size: Callable[[], int],
+        place: str,
+        *,
+        step: Callable[[], int],
+        state: dict[str, Any] | None = None,
+    ) -> Batches:
         """An endless stream of micro-batches.
 
-        :param micro_batch_size: samples in the next one; asked for each of them, because it may change.
+        :param micro_batch_size: how much goes into the next one, in samples of the greatest size that the run has; if
+          samples are smaller, there are more of them in it. Asked for each batch, because it may change.
         :param place: where in the data this peer is: peers with different places see different samples.
+        :param step: the swarm's global step, for what changes as training goes on.
+        :param state: of an earlier stream at this place, to go on where it was.
         """
+
+    def trial_batch(self, samples: int) -> Batch:
+        """So many samples of the greatest size, with made-up content: time and memory measured on it hold for all."""
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss to minimise, a scalar: the mean over the samples of `batch`, which is on the model's device."""

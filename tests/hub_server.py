@@ -1,4 +1,7 @@
-"""A Hub of the tests' own: enough of its HTTP API for the real client to publish a model and to download it again."""
+"""A Hub of the tests' own: enough of its HTTP API for the real clients.
+
+They publish a model to it and download it again, and stream data sets from it, with faults that a test asks for.
+"""
 
 import base64
 import hashlib
@@ -10,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Tree = dict[str, bytes]
+DATA_COMMIT = "a" * 40  # the one commit of every data set
 
 
 @dataclass
@@ -34,6 +38,10 @@ class Repo:
 class HubServer:
     """`with HubServer() as hub:` serves on hub.url; `hub.faults` holds the answers to give before any good one.
 
+    `hub.datasets` holds the files of data sets, `hub.private` the names of those that only the token may read, and
+    `hub.file_faults` what goes wrong with a file of one instead of an answer: a status, "drop" for a connection that
+    ends without one, "cut" for one that ends in the middle. The last of them stays until the test takes it away.
+
     :param token: the one token that may write; reading is free.
     """
 
@@ -41,7 +49,10 @@ class HubServer:
         self.token = token
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
+        self.datasets: dict[str, Tree] = {}
+        self.private: set[str] = set()
         self.faults: deque[int] = deque()
+        self.file_faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
         self.paused = threading.Event()  # clear it to keep every answer waiting
         self.paused.set()
@@ -63,6 +74,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: ClassVar[HubServer]
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a header would wait for its body for 40 ms
 
     def log_message(self, *_: object) -> None:
         pass
@@ -74,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {path}")
         if hub.faults:
             return self._answer(hub.faults.popleft(), {"error": "fault of the test"})
-        writes = self.command not in ("GET", "HEAD") and not path.startswith("/lfs/")
+        writes = self.command not in ("GET", "HEAD") and not path.startswith(("/lfs/", "/api/datasets/"))
         if writes and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._answer(401, {"error": "Invalid username or password."})
         for method, pattern, action in _ROUTES:
@@ -173,6 +185,59 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": repo.oid(revision) or "", "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         self._answer(200, data, headers)
 
+    def dataset(self, body: bytes, name: str, rest: str = "") -> None:
+        """Everything below /api/datasets/NAME."""
+        files = self._files_of_dataset(name)
+        verb, _, where = rest.partition("/")
+        revision, _, folder = where.partition("/")
+        if files is None:
+            return
+        if revision not in ("", "main", DATA_COMMIT):
+            return self._answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+        if verb == "tree":
+            return self._answer(200, _entries(files, folder))
+        if verb == "paths-info":
+            wanted = parse_qs(body.decode())["paths"]
+            folders = {"", *(path.rpartition("/")[0] for path in files)}
+            entries = [entry for path in folders for entry in _entries(files, path)]
+            return self._answer(200, [entry for entry in entries if entry["path"] in wanted])
+        siblings = [{"rfilename": path} for path in files]
+        self._answer(200, {"id": name, "sha": DATA_COMMIT, "private": False, "tags": [], "siblings": siblings})
+
+    def dataset_file(self, body: bytes, name: str, revision: str, path: str) -> None:
+        files = self._files_of_dataset(name)
+        if files is None:
+            return
+        headers = {"X-Repo-Commit": DATA_COMMIT}
+        if revision not in ("main", DATA_COMMIT):
+            return self._answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+        if path not in files:
+            return self._answer(404, {"error": "no such file"}, headers | {"X-Error-Code": "EntryNotFound"})
+        data = files[path]
+        headers |= {"ETag": f'"{len(data)}"', "X-Linked-Size": str(len(data))}
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{stop}/{len(data)}"
+            status, data = 206, data[start : stop + 1]
+        faults = self.hub.file_faults.get(path, [])
+        fault = (faults.pop(0) if len(faults) > 1 else faults[0]) if faults and self.command == "GET" else None
+        if isinstance(fault, int):
+            return self._answer(fault, {"error": "fault of the test"})
+        if fault:
+            self.close_connection = True
+            if fault == "cut":
+                self._answer(status, data[: len(data) // 2], headers | {"Content-Length": str(len(data))})
+            return
+        self._answer(status, data, headers)
+
+    def _files_of_dataset(self, name: str) -> Tree | None:
+        refused = name in self.hub.private and self.headers.get("Authorization") != f"Bearer {self.hub.token}"
+        if refused or name not in self.hub.datasets:
+            self._answer(401 if refused else 404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+            return None
+        return self.hub.datasets[name]
+
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -193,6 +258,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+def _entries(files: Tree, folder: str) -> list[dict[str, Any]]:
+    """The files and folders that lie directly in a folder of a data set."""
+    inside = [path for path in files if path.rpartition("/")[0] == folder]
+    below = {path.split("/")[0] for path in files if "/" in path} if not folder else set()
+    return [{"type": "directory", "path": path, "oid": DATA_COMMIT} for path in sorted(below)] + [
+        {"type": "file", "path": path, "size": len(files[path]), "oid": DATA_COMMIT} for path in inside
+    ]
+
+
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
@@ -206,5 +280,8 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/api/models/{_NAME}", _Handler.model_info),
     ("GET", rf"/api/models/{_NAME}/revision/([^/]+)", _Handler.model_info),
     ("GET", rf"/api/models/{_NAME}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    ("GET", rf"/datasets/{_NAME}/resolve/([^/]+)/(.+)", _Handler.dataset_file),
+    ("GET", rf"/api/datasets/{_NAME}/?(.*)", _Handler.dataset),
+    ("POST", rf"/api/datasets/{_NAME}/(paths-info/.+)", _Handler.dataset),
     ("GET", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

@@ -242,8 +242,11 @@ IMPOSSIBLE = [
     (RunArguments, "max_global_steps", 0),
     (MLMArguments, "sources", []),
     (MLMArguments, "vocab_size", 63),
+    (MLMArguments, "normalizer", "bangla"),
     (MLMArguments, "tokenizer_megabytes", 0.0),
     (MLMArguments, "seq_length", 15),
+    (MLMArguments, "seq_length_start", 20),
+    (MLMArguments, "seq_length_warmup_steps", -1),
     (MLMArguments, "mask_probability", 0.0),
     (MLMArguments, "mask_probability", 1.0),
     (MLMArguments, "shuffle_buffer", 0),
@@ -280,6 +283,11 @@ def test_an_impossible_value_is_refused_by_its_key(cls, key, value):
     given = {"run_id": "ours", key: value}
     message = refusal(pick, cls, given)
     assert message.startswith(f"{key} is {value!r}, but it must be ") and f"--{key}" in message
+
+
+def test_an_unknown_rule_for_cleaning_is_refused():
+    assert "Did you mean controls?" in refusal(pick, MLMArguments, {"cleaning": ["control"]})
+    assert pick(MLMArguments, {"cleaning": []}).cleaning == []
 
 
 def test_a_number_that_is_not_finite_is_refused(config):

@@ -1,172 +1,168 @@
-"""From documents to training instances: ALBERT's pairs of consecutive segments, half of them swapped."""
+"""From documents to training instances: ALBERT's pairs of consecutive segments, half of them swapped.
 
-import itertools
-import re
-from collections.abc import Iterator
+Instances are rows of a table that point into the tokens of some hundred documents, the pool. Nothing is copied before a
+batch is made of them, and all of it is done for many instances at once: what costs a microsecond for each document or
+instance costs more than its tokenization if most of them are short.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from collab.errors import UserError
+from tasks.mlm.encoder import Encoder
 from tasks.mlm.sentences import split_sentences
 
-IN_ORDER, SWAPPED, NO_ORDER = (
-    0,
-    1,
-    -100,
-)  # as AlbertForPreTraining reads sentence_order_label; -100 is left out of a loss
+IN_ORDER, SWAPPED, NO_ORDER = 0, 1, -100  # AlbertForPreTraining's sentence_order_label; a loss leaves -100 out
 SHORT = 0.1  # share of the instances that are shorter on purpose (BERT, Devlin et al. 2019, appendix A.2)
 LONGEST_WORD = 8  # tokens; a longer one (an URL, a base64 line) counts as several, or it would be masked as a whole
-
-# These scripts put no spaces between words, so that what follows a space is a sentence: each of their tokens is a word.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 
 
-@dataclass
-class Instance:
-    """One training example before masking; the three arrays are int64 [length], with length <= seq_length.
+@dataclass(frozen=True)
+class Pool:
+    """The tokens of some documents, one after the other, and where words, sentences and documents end in them.
 
-    :param input_ids: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] for a text of one word
-    :param token_type_ids: 0 up to and with the first [SEP], then 1
-    :param word_ids: the number of the word that a token belongs to, counted through the instance; -1 for [CLS] and
-        [SEP], and for unknown tokens, which nothing can be learnt from. Punctuation belongs to the word that it is
-        glued to, as the tokenizer has no mark between them
-    :param order_label: 0 when A comes before B in the document, 1 when they are swapped, -100 when there is no B
+    :param ids: int32 [tokens]
+    :param word_of: int64 [tokens], the number of the word that a token belongs to, counted through the pool; -1 for
+        unknown tokens, which nothing can be learnt from. Punctuation belongs to the word that it is glued to, as the
+        tokenizer has no mark between them
+    :param word_starts: int64 [words], the first token of each word
+    :param sentence_ends: int64 [sentences], increasing
+    :param document_ends: int64 [documents], increasing; each of them is a sentence's end too
     """
 
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    word_ids: np.ndarray
-    order_label: int
+    ids: np.ndarray
+    word_of: np.ndarray
+    word_starts: np.ndarray
+    sentence_ends: np.ndarray
+    document_ends: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Iterable[str], encoder: Encoder) -> "Pool":
+        """Tokenize `documents`, each once. Line breaks end sentences."""
+        sentences: list[str] = []
+        sentences_until: list[int] = []
+        for document in documents:
+            sentences += split_sentences(document)
+            sentences_until.append(len(sentences))
+        ids, lengths = encoder.encode(sentences)
+        ends = np.append(0, np.cumsum(lengths))
+        sentence_ends = np.unique(ends[1:])  # normalisers may leave nothing of a sentence
+        sentence_ends = sentence_ends[sentence_ends > 0]
+        document_ends = np.unique(ends[sentences_until])
+        begins = encoder.begins_word[ids]
+        begins[0:1] = True
+        begins[sentence_ends[:-1]] = True
+        begins = cut_long_words(begins)
+        word_of = np.cumsum(begins) - 1
+        word_of[ids == encoder.unk_id] = -1
+        return cls(ids, word_of, np.flatnonzero(begins), sentence_ends, document_ends[document_ends > 0])
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The first token of each document, and the one after its last."""
+        ends = self.document_ends.tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
 
 
-def instances(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, seq_length: int, rng: np.random.Generator
-) -> Iterator[Instance]:
-    """Pack the sentences of each document into pairs of segments (ALBERT, Lan et al. 2019, section 3.1).
+@dataclass(frozen=True)
+class Instances:
+    """Training examples before masking: int64 [instances] each, positions in the tokens of a pool.
+
+    An instance is [CLS] A [SEP] B [SEP], with A from `start` to `middle` and B from there to `stop`, or the other way
+    round where `order` is SWAPPED; or [CLS] A [SEP] for a text of one word, where `middle` is `stop` and `order` is
+    NO_ORDER.
+    """
+
+    start: np.ndarray
+    middle: np.ndarray
+    stop: np.ndarray
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, rows: np.ndarray) -> "Instances":
+        return Instances(self.start[rows], self.middle[rows], self.stop[rows], self.order[rows])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, the special ones included."""
+        return self.stop - self.start + np.where(self.order == NO_ORDER, SPECIAL - 1, SPECIAL)
+
+
+def make_instances(
+    pool: Pool, ranges: Sequence[tuple[int, int]], seq_length: int, rng: np.random.Generator
+) -> Instances:
+    """Pack sentences into pairs of segments (ALBERT, Lan et al. 2019, section 3.1).
 
     Whole sentences are taken until the next one does not fit; then they are parted between two sentences drawn at
-    random, and the two segments are swapped in half of the cases. All the text of a document ends up in one instance
-    or another, also of one that is a single sentence (parted between two words) and of a sentence longer than an
-    instance (cut between two words). Documents are not mixed.
+    random, and the two segments are swapped in half of the cases. All the text ends up in one instance or another, also
+    a range that is a single sentence (parted between two words) and a sentence longer than an instance (cut between two
+    words). Documents are not mixed.
 
-    :param documents: texts; line breaks end sentences
-    :param tokenizer: a fast tokenizer with [CLS] and [SEP]
+    :param ranges: of the pool's tokens, each within one document; whole documents are `pool.ranges()`
     :param seq_length: tokens in the longest instance, special ones included; at least 16
     :param rng: decides about lengths, parting points and swaps
-    :raises UserError: when the tokenizer does not show where words begin
     """
     if seq_length < 16:
         raise ValueError(f"seq_length is {seq_length}; two segments of more than a word need at least 16")
-    begins_word = word_beginnings(tokenizer)
-    special = np.zeros(len(tokenizer), dtype=bool)
-    special[tokenizer.all_special_ids] = True
-    for document in documents:
-        sentences = split_sentences(document)
-        encoded = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"] if sentences else []
-        if not any(encoded):
-            continue  # normalisers may leave nothing of a text
-        ends = np.cumsum([len(sentence) for sentence in encoded])
-        ids = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int64, count=ends[-1])
-        ids[special[ids]] = tokenizer.unk_token_id  # a text that speaks of "[MASK]" holds no mask
-        begins = begins_word[ids]
-        begins[np.append(0, ends[ends < len(ids)])] = True
-        begins = cut_long_words(begins)
-        for boundaries in packed(np.unique(ends[ends > 0]), begins, seq_length - 3, rng):
-            yield parted(ids, begins, boundaries, tokenizer, rng)
+    cuts = np.array(_pack(pool, ranges, seq_length - SPECIAL, rng), dtype=np.int64).reshape(-1, 2)
+    start, stop = cuts[:, 0], cuts[:, 1]
+    # Where to part: after a sentence inside; if there is none, before a word inside; if there is none, nowhere.
+    draw = rng.random(len(cuts))
+    sentence, word = (_choose_between(points, start, stop, draw) for points in (pool.sentence_ends, pool.word_starts))
+    middle = np.where(sentence >= 0, sentence, word)
+    swapped = np.where(rng.random(len(cuts)) < 0.5, SWAPPED, IN_ORDER)
+    return Instances(start, np.where(middle >= 0, middle, stop), stop, np.where(middle >= 0, swapped, NO_ORDER))
 
 
-def packed(ends: np.ndarray, begins: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Group the sentences of a document into instances of at most `most` tokens.
-
-    :param ends: where the sentences end in the document's tokens, increasing
-    :param begins: bool [tokens], where words begin; no word is longer than `most`
-    :returns: for each instance, its first token and the ends of its sentences
-    """
-    boundaries = [0]
-    target = target_length(most, rng)
-    for end in ends.tolist():
-        while end - boundaries[0] > most:
-            if len(boundaries) == 1:  # a sentence longer than the instance
-                boundaries.append(boundaries[0] + 1 + np.flatnonzero(begins[boundaries[0] + 1 :][:most])[-1].item())
-            yield boundaries
-            boundaries = boundaries[-1:]
-            target = target_length(most, rng)
-        boundaries.append(end)
-        if end - boundaries[0] >= target:
-            yield boundaries
-            boundaries = boundaries[-1:]
-            target = target_length(most, rng)
-    if len(boundaries) > 1:
-        yield boundaries
-
-
-def target_length(most: int, rng: np.random.Generator) -> int:
-    return int(rng.integers(2, most + 1)) if rng.random() < SHORT else most
+def _pack(pool: Pool, ranges: Sequence[tuple[int, int]], most: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Group the sentences of each range into instances of at most `most` tokens."""
+    sentence_ends = pool.sentence_ends.tolist()
+    first = np.searchsorted(pool.sentence_ends, [start for start, _ in ranges], side="right").tolist()
+    targets = _targets(most, rng)
+    target = next(targets)
+    cuts: list[tuple[int, int]] = []
+    for (start, stop), sentence in zip(ranges, first, strict=True):
+        taken = start
+        while taken < stop:
+            end = min(sentence_ends[sentence], stop)
+            sentence += 1
+            while end - start > most:  # this sentence does not fit any more, or into no instance
+                if taken == start:
+                    taken = _last_word_start(pool, start, start + most)
+                cuts.append((start, taken))
+                start, target = taken, next(targets)
+            taken = end
+            if taken - start >= target or taken == stop:
+                cuts.append((start, taken))
+                start, target = taken, next(targets)
+    return cuts
 
 
-def parted(
-    ids: np.ndarray,
-    begins: np.ndarray,
-    boundaries: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    rng: np.random.Generator,
-) -> Instance:
-    """Make one instance of the tokens between the first and the last of `boundaries`."""
-    start, *inner, stop = boundaries
-    if not inner:  # one sentence: part it between two of its words
-        inner = (start + 1 + np.flatnonzero(begins[start + 1 : stop])).tolist()
-    words = np.cumsum(begins[start:stop])
-    words[ids[start:stop] == tokenizer.unk_token_id] = -1
-    if inner:
-        middle = inner[int(rng.integers(len(inner)))]
-        order_label = SWAPPED if rng.random() < 0.5 else IN_ORDER
-        segments = [slice(start, middle), slice(middle, stop)]
-        if order_label == SWAPPED:
-            segments.reverse()
-    else:
-        order_label = NO_ORDER
-        segments = [slice(start, stop)]
-    length = 1 + stop - start + len(segments)
-    instance = Instance(
-        input_ids=np.full(length, tokenizer.sep_token_id, dtype=np.int64),
-        token_type_ids=np.zeros(length, dtype=np.int64),
-        word_ids=np.full(length, -1, dtype=np.int64),
-        order_label=order_label,
-    )
-    instance.input_ids[0] = tokenizer.cls_token_id
-    at = 1
-    for number, segment in enumerate(segments):
-        after = at + segment.stop - segment.start
-        instance.input_ids[at:after] = ids[segment]
-        instance.word_ids[at:after] = words[segment.start - start : segment.stop - start]
-        instance.token_type_ids[at : after + 1] = number
-        at = after + 1
-    return instance
+def _targets(most: int, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from np.where(rng.random(256) < SHORT, rng.integers(2, most + 1, 256), most).tolist()
 
 
-def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Tell for each id of the vocabulary whether it begins a word: bool [vocabulary].
+def _last_word_start(pool: Pool, start: int, before: int) -> int:
+    """The last word that starts after `start` and not after `before`; no word is longer than LONGEST_WORD."""
+    return int(pool.word_starts[np.searchsorted(pool.word_starts, before, side="right") - 1])
 
-    WordPiece marks what continues a word (##), SentencePiece (▁) and byte-level BPE (Ġ) what begins one.
-    """
-    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    if sum(token.startswith("##") for token in tokens) > 1:
-        return np.array([not token.startswith("##") for token in tokens])
-    for mark in "▁Ġ":
-        if sum(token.startswith(mark) for token in tokens) > 1:
-            return np.array([token.startswith(mark) or bool(UNSPACED.match(token)) for token in tokens])
-    raise UserError(
-        "This tokenizer marks neither the beginning (▁, Ġ) nor the continuation (##) of words, so that whole words "
-        "cannot be masked. Train one with `python -m tokenizer.train`, or take another."
-    )
+
+def _choose_between(points: np.ndarray, start: np.ndarray, stop: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """For each range one of the `points` strictly inside it, by a `draw` in [0, 1); -1 where there is none."""
+    first, last = np.searchsorted(points, start, side="right"), np.searchsorted(points, stop, side="left")
+    chosen = np.minimum(first + (draw * (last - first)).astype(np.int64), len(points) - 1)
+    return np.where(first < last, points[chosen], -1)
 
 
 def cut_long_words(begins: np.ndarray) -> np.ndarray:
-    """Let a word of more than LONGEST_WORD tokens begin again after each so many."""
+    """Let a word of more than LONGEST_WORD tokens begin again after each so many.
+
+    :param begins: bool [tokens], where words begin
+    """
     position = np.arange(len(begins))
     begin = np.maximum.accumulate(np.where(begins, position, 0))
     return (position - begin) % LONGEST_WORD == 0

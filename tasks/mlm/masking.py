@@ -1,116 +1,121 @@
 """Whole-word masking: from instances to the batch that the model sees, with a new mask each time."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from collab.errors import UserError
-from tasks.mlm.instances import Instance
+from tasks.mlm.encoder import Encoder
+from tasks.mlm.instances import NO_ORDER, SWAPPED, Instances, Pool
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT, Devlin et al. 2019, section 3.1)
 IGNORED = -100  # label of a token that is not to be predicted: what torch's cross-entropy leaves out
+LONG, MULTIPLE, MULTIPLE_IF_SHORT = 256, 8, 2  # tokens
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What masking has to know of a tokenizer.
+def width_of(length: int) -> int:
+    """The width of a batch whose longest instance has `length` tokens: rounded up to 8, which suits tensor cores.
 
-    :param ordinary_ids: int64 [ids], those that may stand in the place of a token: all but the special ones
+    Below 256 tokens, where 8 would be 3 % of padding and more, and attention a small part of the work, to 2.
     """
-
-    pad_id: int
-    mask_id: int
-    ordinary_ids: np.ndarray
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        """:raises UserError: when the tokenizer has no mask or padding token"""
-        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-            raise UserError(
-                f"The tokenizer {tokenizer.name_or_path} has no mask or padding token, so that no masked language "
-                f"model can be trained with it. Train one with `python -m tokenizer.train`, or take another."
-            )
-        ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        return cls(int(tokenizer.pad_token_id), int(tokenizer.mask_token_id), ordinary_ids)
+    multiple = MULTIPLE if length >= LONG else MULTIPLE_IF_SHORT
+    return -(-length // multiple) * multiple
 
 
 def collate(
-    instances: Sequence[Instance],
-    vocabulary: Vocabulary,
+    pool: Pool,
+    instances: Instances,
+    encoder: Encoder,
     *,
     mask_probability: float = 0.15,
     rng: np.random.Generator,
-    pad_to_multiple_of: int = 8,
 ) -> dict[str, torch.Tensor]:
     """Mask and pad instances to one batch; call it again for another mask.
 
+    :param pool: holds the tokens that `instances` point to
     :param mask_probability: share of the real tokens to predict (neither special nor padding). 0.15 is BERT's; more
         gives more to learn from each text and less to learn it by
     :param rng: the mask is the same for the same instances and the same state of it
-    :param pad_to_multiple_of: the length is that of the longest instance, rounded up; 8 suits tensor cores. Where the
-        model has no positions beyond `seq_length`, that has to be a multiple of it
     :returns: int64 tensors: input_ids, attention_mask, token_type_ids and labels (-100 where nothing is to be
-        predicted) of [batch, length], sentence_order_label of [batch]
+        predicted) of [batch, width], sentence_order_label of [batch]
     """
-    lengths = np.array([len(instance.input_ids) for instance in instances])
-    length = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
-    real = np.arange(length) < lengths[:, None]
+    swapped = instances.order == SWAPPED
+    begin_a = np.where(swapped, instances.middle, instances.start)[:, None]
+    begin_b = np.where(swapped, instances.start, instances.middle)[:, None]
+    size = instances.stop - instances.start
+    size_a = np.where(swapped, instances.stop - instances.middle, instances.middle - instances.start)[:, None]
+    lengths = instances.lengths[:, None]
 
-    def padded(arrays: list[np.ndarray], padding: int) -> np.ndarray:
-        batch = np.full(real.shape, padding, dtype=np.int64)
-        batch[real] = np.concatenate(arrays)
-        return batch
+    column = np.arange(width_of(int(lengths.max())))
+    is_real = column < lengths
+    is_a = (column > 0) & (column <= size_a)
+    is_b = (column > size_a + 1) & (column < lengths - 1)
+    is_text = is_a | is_b
+    source = np.where(is_a, begin_a + column - 1, begin_b + column - size_a - 2)[is_text]
 
-    input_ids = padded([instance.input_ids for instance in instances], vocabulary.pad_id)
-    chosen = choose_words(padded([instance.word_ids for instance in instances], -1), mask_probability, rng)
-    labels = np.where(chosen, input_ids, IGNORED)
+    input_ids = np.where(is_real, encoder.sep_id, encoder.pad_id)
+    input_ids[:, 0] = encoder.cls_id
+    input_ids[is_text] = pool.ids[source]
+    words = pool.word_of[source]
+    row = np.repeat(np.arange(len(size)), size)
+    words = np.where(words < 0, -1, words - np.repeat(_first_word(pool, instances), size))
+    chosen = np.zeros(input_ids.shape, dtype=bool)
+    chosen[is_text] = choose_words(row, words, len(size), mask_probability, rng)
     batch = {
-        "input_ids": hide(input_ids, chosen, vocabulary, rng),
-        "attention_mask": real.astype(np.int64),
-        "token_type_ids": padded([instance.token_type_ids for instance in instances], 0),
-        "labels": labels,
-        "sentence_order_label": np.array([instance.order_label for instance in instances], dtype=np.int64),
+        "labels": np.where(chosen, input_ids, IGNORED),
+        "input_ids": hide(input_ids, chosen, encoder, rng),
+        "attention_mask": is_real.astype(np.int64),
+        "token_type_ids": ((column > size_a + 1) & is_real).astype(np.int64),
+        "sentence_order_label": np.where(instances.order == NO_ORDER, IGNORED, instances.order),
     }
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def choose_words(word_ids: np.ndarray, mask_probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose whole words at random until they hold the wanted share of the tokens.
+def _first_word(pool: Pool, instances: Instances) -> np.ndarray:
+    return np.searchsorted(pool.word_starts, instances.start, side="right") - 1
+
+
+def choose_words(
+    row: np.ndarray, words: np.ndarray, rows: int, mask_probability: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Choose whole words at random until they hold the wanted share of the tokens of each row.
 
     The words of a row are taken in a random order, and the one that crosses the budget with the probability that makes
     the expected number of tokens the budget. (Passing over words that do not fit any more would mask long words less
     often than short ones.) A row has thus less than one word of LONGEST_WORD tokens too many, and, as in BERT, at least
     one word.
 
-    :param word_ids: int64 [batch, length], -1 for what must not be chosen
-    :returns: bool [batch, length]
+    :param row: int64 [tokens], the row of a batch of so many `rows` that a token is in, increasing
+    :param words: int64 [tokens], the number of its word within the row, from 0 on; -1 for what must not be chosen
+    :returns: bool [tokens]
     """
-    rows, columns = np.nonzero(word_ids >= 0)
-    width = int(word_ids.max(initial=0)) + 1
-    sizes = np.zeros((len(word_ids), width), dtype=np.int64)
-    np.add.at(sizes, (rows, word_ids[rows, columns]), 1)
-    order = np.argsort(np.where(sizes > 0, rng.random(sizes.shape), 2.0), axis=1)  # words that a row lacks come last
-    ordered = np.take_along_axis(sizes, order, axis=1)
-    before = np.cumsum(ordered, axis=1) - ordered
-    budget = mask_probability * sizes.sum(axis=1, keepdims=True)
-    share = (budget - before) / np.maximum(ordered, 1)  # of this word that the budget still holds
-    taken = (ordered > 0) & ((rng.random(sizes.shape) < share) | (before == 0))
-    words = np.zeros_like(taken)
-    np.put_along_axis(words, order, taken, axis=1)
-    chosen = np.zeros(word_ids.shape, dtype=bool)
-    chosen[rows, columns] = words[rows, word_ids[rows, columns]]
+    width = int(words.max(initial=-1)) + 1
+    is_word = words >= 0
+    flat = row[is_word] * width + words[is_word]
+    sizes = np.bincount(flat, minlength=rows * width)
+    present = np.flatnonzero(sizes)
+    # One sort for all rows: by row, and by a random number within it.
+    order = present[np.argsort(present // max(width, 1) + rng.random(len(present)))]
+    ordered, of_row = sizes[order], order // max(width, 1)
+    total = np.bincount(of_row, weights=ordered, minlength=rows)
+    until = np.cumsum(ordered)
+    before = until - ordered - (np.cumsum(total) - total)[of_row]
+    share = (mask_probability * total[of_row] - before) / ordered  # of this word that the budget still holds
+    taken = np.zeros(rows * width, dtype=bool)
+    taken[order] = (rng.random(len(order)) < share) | (before == 0)
+    chosen = np.zeros(len(words), dtype=bool)
+    chosen[is_word] = taken[flat]
     return chosen
 
 
-def hide(input_ids: np.ndarray, chosen: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+def hide(input_ids: np.ndarray, chosen: np.ndarray, encoder: Encoder, rng: np.random.Generator) -> np.ndarray:
     """Replace 80 % of the chosen tokens by [MASK], 10 % by any ordinary token, and leave 10 %.
 
     It is drawn for each token, as in BERT's whole-word masking, not for each word.
     """
-    draw = rng.random(input_ids.shape)
-    substitutes = rng.choice(vocabulary.ordinary_ids, input_ids.shape)
-    hidden = np.where(chosen & (draw < MASKED), vocabulary.mask_id, input_ids)
-    return np.where(chosen & (draw >= MASKED) & (draw < MASKED + RANDOM), substitutes, hidden)
+    hidden = input_ids.copy()
+    shown = input_ids[chosen]
+    draw = rng.random(len(shown))
+    shown[draw < MASKED] = encoder.mask_id
+    is_random = (draw >= MASKED) & (draw < MASKED + RANDOM)
+    shown[is_random] = rng.choice(encoder.ordinary_ids, int(is_random.sum()))
+    hidden[chosen] = shown
+    return hidden

@@ -1,43 +1,37 @@
 """Where the text comes from: the embedded corpus, the Hub and local files, and their endless weighted mixture.
 
-Every source is a `Collection`, which can be read from end to end once (`one_pass`) as often as wanted. The training
-part of a run repeats these passes for ever, each in an order of its own; the held-out part is one plain pass.
+Every source is cut into pieces (local_files.py, hub.py), which a stream reads pass after pass (stream.py); the mixture
+draws each document from one of the streams. Its position is a few numbers for each source, so that a peer goes on
+exactly where it was.
 
 Two peers should not train on the same documents. A seed for each peer does not give that with streams: read from their
-starts through a shuffle buffer, two peers share up to 84 % of their first samples (datasets 5, 4 to 8 shards). Here a
-stream is cut into many pieces where its format allows it (Parquet row groups, ranges of a plain file); each peer reads
-the pieces in its own order, and begins in the middle of the pieces that cannot be cut.
+starts through a shuffle buffer, two peers share up to 84 % of their first samples (datasets 5, 4 to 8 shards). Here
+each peer reads the pieces in its own order, and begins in the middle of the pieces that cannot be cut.
 """
 
-import bz2
-import contextlib
 import difflib
-import gzip
-import io
+import hashlib
 import itertools
-import json
-import lzma
-import random
-import textwrap
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
+from typing import Any, cast
 
 from collab.errors import UserError
-from tasks.mlm.corpus import SURROGATE, embedded_documents, is_heldout
+from tasks.mlm.corpus import embedded_documents
+from tasks.mlm.hub import shards_of_dataset
+from tasks.mlm.local_files import DECOMPRESSORS, EXPANSION, SLICE, matching_files, pieces_of_files
+from tasks.mlm.stream import TRIES, Collection, Stream
+from tasks.mlm.windows import Bundle, Draws, Part, Window, bundled
 
 IN_MEMORY = 64 << 20  # bytes of text up to which local files are read into memory and permuted as a whole
-EXPANSION = 4  # what compressed text and Parquet grow to, roughly; it only decides about IN_MEMORY
-SLICE = 1 << 18  # bytes; the pieces of a plain file are read in any order, so smaller ones mix better
-OPEN_PIECES = 4  # read side by side: a file of news after a file of novels should come mixed
-SKIPPED_ROWS = 20_000  # of a Hub file that cannot be cut, a peer passes over at most so many: they are downloaded
+VERSION = 1  # of a state; raise it when the same numbers mean another place
+
+logger = logging.getLogger(__name__)
 
 KEYS = {
     "embedded": {"weight"},
@@ -121,11 +115,14 @@ def documents(
     *,
     seed: int,
     place: str,
-    part: Literal["train", "heldout"],
+    part: Part,
     cache_dir: Path,
     shuffle_buffer: int,
     endless: bool = True,
-) -> Iterator[str]:
+    state: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Any] | None = None,
+) -> "Documents":
     """Stream the documents of a weighted mixture; every source is opened, and checked, before this returns.
 
     The training part is endless: a source that runs out starts over in another order, so that the mixture keeps its
@@ -135,451 +132,261 @@ def documents(
     :param place: this peer's own place, such as its peer id: it decides which documents come first, and their order
     :param part: "train" or "heldout"; no document is in both
     :param cache_dir: folder for the embedded corpus
-    :param shuffle_buffer: documents held in memory to shuffle a stream (large files, the Hub). Raise it when the
-        neighbours in a corpus resemble each other; the first document comes only when it is full
+    :param shuffle_buffer: documents of each source held in memory to shuffle it (large files, the Hub). Raise it when
+        the neighbours in a corpus resemble each other. It is filled while documents are already given
     :param endless: False for a single pass over the training part, as for training a tokenizer; a source that runs
         out then leaves the mixture to the others
+    :param state: what `Documents.state_dict` gave, to go on from there. A source that it does not fit, because its
+        files or the entries in `sources` have changed, starts at a new place, and a warning says so
+    :param clock: seconds, increasing
+    :param sleep: waits so many seconds; the default one ends early when the documents are closed
     :raises UserError: now or while reading, for everything that a person can mend: no network, no such data set,
-        column or file, damaged or empty files
+        column or file, damaged or empty files. Once documents were read, none of this ends the stream: see `Documents`
     """
     if not sources:
         raise UserError("`sources` is empty: there is no text to train on. Add an entry, for example {embedded: true}.")
-    collections = [open_source(source, cache_dir, shuffle_buffer) for source in sources]
-    streams = []
-    for index, (source, collection) in enumerate(zip(sources, collections, strict=True)):
-        orders = [None] if part == "heldout" else pass_orders(f"{seed} {place} {index}", endless)
-        streams.append(repeated(source, collection, orders, part))
-    order = random.Random(f"{seed} mixture" if part == "heldout" else f"{seed} {place} mixture")
-    return mixture(streams, [source.weight for source in sources], order)
+    train = part == "train"
+    # The held-out part is one plain pass, and the same for everyone.
+    name = f"{seed} {place}" if train else f"{seed}"
+    collections = [open_source(source, cache_dir) for source in sources]
+
+    def begin() -> Documents:
+        streams = [
+            Stream(
+                collection,
+                name=f"{name} {index}",
+                part=part,
+                buffer=shuffle_buffer if train else 0,
+                endless=endless and train,
+                clock=clock,
+            )
+            for index, collection in enumerate(collections)
+        ]
+        weights = [source.weight for source in sources]
+        return Documents(streams, weights, f"{name} mixture", clock=clock, sleep=sleep)
+
+    found = begin()
+    if state is None:
+        return found
+    try:
+        found.restore(state)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        logger.warning("The saved position in the data cannot be used (%r): reading begins anew.", error)
+        return begin()
+    return found
 
 
-def pass_orders(name: str, endless: bool) -> Iterator[random.Random]:
-    for number in itertools.count() if endless else range(1):
-        yield random.Random(f"{name} {number}")
+class Documents(Iterator[str]):
+    """Documents drawn from several streams by weight; made by `documents`.
 
-
-def mixture(streams: list[Iterator[str]], weights: list[float], order: random.Random) -> Iterator[str]:
-    """Draw each document from a stream chosen by weight; a stream that ends leaves, and the others go on."""
-    left = list(range(len(streams)))
-    while left:
-        [index] = order.choices(left, [weights[index] for index in left])
-        try:
-            yield next(streams[index])
-        except StopIteration:
-            left.remove(index)
-
-
-class Collection(Protocol):
-    """Documents that can be read again and again."""
-
-    def one_pass(self, order: random.Random | None) -> Iterator[str]:
-        """Give every document once: as they are stored for None, otherwise in an order that `order` draws."""
-
-
-def repeated(
-    source: Source, collection: Collection, orders: Iterable[random.Random | None], part: Literal["train", "heldout"]
-) -> Iterator[str]:
-    """Read one part of a collection once for each of `orders`.
-
-    :raises UserError: when a whole pass gave nothing to train on, instead of looking for it for ever
+    A source that cannot be read does not hold up the others: it is tried again after pauses that double, and left out
+    meanwhile, the others keeping their proportion. When none can be read, `next` waits. Text that is damaged, empty or
+    no text is skipped and counted. All of it is said once as a warning and stands in `report`.
     """
-    for order in orders:
-        of_part = others = 0
-        for stored in collection.one_pass(order):
-            # Half a character, out of a JSON escape, is nothing that a tokenizer can encode.
-            text = SURROGATE.sub("\ufffd", stored.strip())
-            if not text:
-                continue
-            if is_heldout(text) == (part == "heldout"):
-                of_part += 1
-                yield text
-            else:
-                others += 1
-        if of_part == 0 and (part == "train" or others == 0):
-            if others:
-                what = f"to train on: its {others} documents fell into the held-out part. Add more text."
-            else:
-                what = "at all: it was read to its end and held only white space. Check its column and text."
-            raise UserError(f"There is no document in {source.describe()} {what}")
 
+    def __init__(
+        self,
+        streams: list[Stream],
+        weights: list[float],
+        name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Any] | None = None,
+    ) -> None:
+        self.streams = streams
+        self.weights = weights
+        self.name = name
+        self._draws = Draws(name)
+        self._closed = threading.Event()
+        self._clock, self._sleep = clock, sleep or self._closed.wait
+        self._started = False
+        self._left = self._candidates()
 
-def open_source(source: Source, cache_dir: Path, shuffle_buffer: int) -> Collection:
-    if source.embedded:
-        return InMemory(embedded_documents(cache_dir))
-    if source.hub:
-        return HubStream(source, shuffle_buffer)
-    files = matching_files(source)
-    size = sum(file.stat().st_size * (1 if file.suffix in READERS else EXPANSION) for file in files)
-    fits = size <= IN_MEMORY
-    pieces = [piece for file in files for piece in pieces_of_file(file, source.column, IN_MEMORY if fits else SLICE)]
-    return InMemory([text for piece in pieces for text in piece(0.0)]) if fits else FileStream(pieces, shuffle_buffer)
+    def __next__(self) -> str:
+        if not self._started:
+            self._start()
+        waited, candidates = 0.0, self._left
+        while self._left and not self._closed.is_set():
+            index = self._choose(candidates)
+            text = self.streams[index].take()
+            if text is not None:
+                return text
+            candidates = [other for other in candidates if other != index]
+            if self.streams[index].finished:
+                self._left = self._candidates()
+            if self._left and not candidates:
+                waited = self._wait(waited)
+                candidates = self._left
+        raise StopIteration
+
+    def _start(self) -> None:
+        """Read a little of every source, so that what is wrong with one is said now and not after hours."""
+        for stream in self.streams:
+            stream.ask()
+        for stream in self.streams:
+            if not stream.windows:
+                stream.replenish()
+        self._started = True
+        self._left = self._candidates()
+
+    def _candidates(self) -> list[int]:
+        return [index for index, stream in enumerate(self.streams) if not stream.finished]
+
+    def _choose(self, candidates: list[int]) -> int:
+        """Draw a stream by weight."""
+        at = self._draws() * sum([self.weights[index] for index in candidates])
+        for index in candidates:
+            at -= self.weights[index]
+            if at < 0.0:
+                return index
+        return candidates[-1]
+
+    def _wait(self, waited: float) -> float:
+        """Sleep until a source may be read again, and say so after 10 seconds, 20, 40 ...
+
+        :returns: seconds waited since the last document
+        :raises UserError: when nothing could be read from the beginning: that is for a person to mend
+        """
+        streams = [self.streams[index] for index in self._left]
+        errors = [stream.error for stream in streams if stream.error]
+        if not any(stream.good for stream in self.streams) and all(stream.failures >= TRIES for stream in streams):
+            raise errors[0]
+        pause = min(stream.due() for stream in streams)
+        before = self._clock()
+        self._sleep(max(pause, 0.01))
+        after = waited + self._clock() - before
+        if after >= 10.0 and (waited < 10.0 or int(after / 10).bit_length() > int(waited / 10).bit_length()):
+            reason = errors[-1] if errors else "no answer yet."
+            logger.warning("No text can be read for %.0f seconds now; training waits for it. %s", after, reason)
+        return after
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where reading has got to, as plain JSON of some kilobytes; `documents(..., state=...)` goes on from there.
+
+        Ask for it in the thread that reads, between two documents.
+        """
+        return {
+            "version": VERSION,
+            "name": hashlib.blake2b(self.name.encode(), digest_size=8).hexdigest(),
+            "drawn": self._draws.drawn,
+            "sources": [stream.state_dict() for stream in self.streams],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; a source that it does not fit starts at a new place.
+
+        :raises KeyError, TypeError, ValueError, IndexError, AttributeError: for a state that is none, or another's
+        """
+        if state["version"] != VERSION or state["name"] != self.state_dict()["name"]:
+            raise ValueError("it is of another run, peer or version")
+        self._draws = Draws(self.name, int(state["drawn"]))
+        new = []
+        for stream, stored in itertools.zip_longest(self.streams, state["sources"]):
+            if stream is None or stored is None or stored["source"] != stream.collection.name:
+                new.append(stream.collection.name if stream else stored["source"])
+            elif stored["fingerprint"] != stream.collection.fingerprint:
+                stream.start_after(stored)
+                new.append(stream.collection.name)
+            else:
+                stream.restore(stored)
+        if new:
+            logger.warning(
+                "The saved position in the data does not fit %s any more: there, reading starts at a new place.",
+                ", ".join(new),
+            )
+        self._left = self._candidates()
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each source: documents read, passes, what was skipped and why, whether it is left out at present."""
+        return [stream.report() for stream in self.streams]
+
+    def close(self) -> None:
+        """End the iteration, also one that waits in another thread, and the threads that read."""
+        self._closed.set()
+        for stream in self.streams:
+            stream.close(timeout=5.0)
 
 
 @dataclass
-class InMemory:
-    """A corpus small enough to be permuted as a whole."""
+class Texts:
+    """Texts that are in memory already, as a piece."""
 
     texts: list[str]
-
-    def one_pass(self, order: random.Random | None) -> Iterator[str]:
-        indices = list(range(len(self.texts)))
-        if order is not None:
-            order.shuffle(indices)
-        return (self.texts[index] for index in indices)
-
-
-# A piece is read from about this share of its length to its end, then from its beginning to where that began.
-Piece = Callable[[float], Iterator[str]]
-
-
-@dataclass
-class FileStream:
-    """Local files too large for the memory, as the pieces into which they can be cut."""
-
-    pieces: list[Piece]
-    shuffle_buffer: int
-
-    def one_pass(self, order: random.Random | None) -> Iterator[str]:
-        if order is None:
-            return itertools.chain.from_iterable(piece(0.0) for piece in self.pieces)
-        return shuffled(side_by_side(order.sample(self.pieces, len(self.pieces)), order), self.shuffle_buffer, order)
-
-
-def side_by_side(pieces: Sequence[Piece], order: random.Random) -> Iterator[str]:
-    """Read OPEN_PIECES pieces at a time, each document from one of them by chance; the first ones from their middle.
-
-    Only the first ones: peers that began at different places stay apart, and to get to the middle of a compressed
-    file its first half is read twice.
-    """
-    opened = (piece(order.random() if number < OPEN_PIECES else 0.0) for number, piece in enumerate(pieces))
-    active = list(itertools.islice(opened, OPEN_PIECES))
-    while active:
-        chosen = order.randrange(len(active))
-        try:
-            yield next(active[chosen])
-        except StopIteration:
-            active[chosen : chosen + 1] = itertools.islice(opened, 1)
-
-
-def shuffled(texts: Iterator[str], size: int, order: random.Random) -> Iterator[str]:
-    """Shuffle a stream through a buffer of `size` documents."""
-    buffer = list(itertools.islice(texts, max(size, 1)))
-    for text in texts:
-        chosen = order.randrange(len(buffer))
-        yield buffer[chosen]
-        buffer[chosen] = text
-    order.shuffle(buffer)
-    yield from buffer
-
-
-# ---------------------------------------------------------------------------------------------------- local files
-# Plain Python and pyarrow instead of the builders of `datasets`: those neither name the file and the byte at which a
-# text stops being UTF-8 nor read a plain file from its middle.
-
-
-def matching_files(source: Source) -> list[Path]:
-    pattern = Path(cast(str, source.files)).expanduser()
-    start = Path(pattern.anchor)
-    try:
-        files = sorted(file for file in start.glob(str(pattern.relative_to(start))) if file.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"`files: {source.files}` is no pattern: {error}. Write one such as data/**/*.txt.") from error
-    if not files:
-        raise UserError(
-            f"No file matches `files: {source.files}`, seen from the folder {Path.cwd()}: there is no text to train "
-            f"on. Check the pattern with: ls {source.files}"
-        )
-    return files
-
-
-def pieces_of_file(file: Path, column: str, step: int) -> list[Piece]:
-    """Cut a file where its format allows it: a table into its row groups, plain text into ranges of `step` bytes."""
-    if file.suffix == ".parquet":
-        return parquet_pieces(file, column)
-    decompress = DECOMPRESSORS.get(file.suffix)
-    reader = READERS.get(Path(file.stem).suffix if decompress else file.suffix)
-    if reader is None:
-        raise UserError(
-            f"{file} is of no kind that can be read. Text is .txt, JSON lines are .jsonl, .ndjson or .json, tables are "
-            f".parquet; text and JSON lines may end in {', '.join(DECOMPRESSORS)} besides. Narrow `files` or rename it."
-        )
-    if decompress:
-        return [partial(read_compressed, file, reader, column)]
-    size = file.stat().st_size
-    return [partial(read_slice, file, reader, column, at, at + step) for at in range(0, size, step)]
-
-
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException) as error:
-        raise UserError(
-            f"{file} cannot be read to its end: {error}. It is damaged, incomplete, of another format, or may "
-            f"not be read by you. Copy or download it again, or leave it out of `files`."
-        ) from error
-
-
-Lines = Iterator[tuple[int, bytes]]  # where a line begins (bytes from the start of the text), and the line
-
-
-def read_slice(file: Path, reader: "Reader", column: str, begin: int, end: int, _share: float) -> Iterator[str]:
-    """Read the lines that begin in [begin, end) of a plain file; a text document that crosses `end` becomes two.
-
-    A slice is short and always read from its beginning: where it was cut must not depend on the peer.
-    """
-    with reading(file), file.open("rb") as stream:
-        if begin > 0:
-            stream.seek(begin - 1)
-            stream.readline()  # the line that is under way belongs to the slice before
-        yield from reader(file, column, lines_until(stream, end))
-
-
-def lines_until(stream: BinaryIO, end: int) -> Lines:
-    at = stream.tell()
-    while at < end and (line := stream.readline()):
-        yield at, line
-        at += len(line)
-
-
-def read_compressed(file: Path, reader: "Reader", column: str, share: float) -> Iterator[str]:
-    """Read a compressed file from the given share of its bytes on, then what comes before."""
-    decompress = DECOMPRESSORS[file.suffix]
-    with reading(file):
-        size = file.stat().st_size
-        skipped = 0
-        with file.open("rb") as raw:
-            for text in reader(file, column, counted(decompress(raw))):
-                if raw.tell() < share * size:
-                    skipped += 1
-                else:
-                    yield text
-        with file.open("rb") as raw:
-            yield from itertools.islice(reader(file, column, counted(decompress(raw))), skipped)
-
-
-def counted(stream: Iterable[bytes]) -> Lines:
-    at = 0
-    for line in stream:
-        yield at, line
-        at += len(line)
-
-
-class ZstandardFile(io.RawIOBase):
-    """A zstandard stream that ends with an error when the file ends within a frame, which zstandard's own does not."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw = raw
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
-        self.compressed = self.text = b""
-        self.inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.text:
-            self.compressed = self.compressed or self.raw.read(1 << 14)
-            if not self.compressed:
-                if self.inside:
-                    raise EOFError("the file ends before its last frame does")
-                return 0
-            self.text = self.frame.decompress(self.compressed)
-            self.inside, self.compressed = not self.frame.eof, self.frame.unused_data
-            if self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
-        taken, self.text = self.text[: len(buffer)], self.text[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Iterable[bytes]]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda raw: io.BufferedReader(ZstandardFile(raw), 1 << 17),
-}
-
-Reader = Callable[[Path, str, Lines], Iterator[str]]
-
-
-def text_documents(file: Path, column: str, lines: Lines) -> Iterator[str]:
-    """Documents separated by blank lines, the layout of BERT's own corpus files; one of SLICE bytes is cut there."""
-    document: list[str] = []
     size = 0
-    for at, line in lines:
-        text = decoded(file, at, line)
-        if text.strip() and size < SLICE:
-            document.append(text)
-            size += len(line)
-        elif document:
-            yield "".join(document)
-            document, size = [text], len(line)
-    if document:
-        yield "".join(document)
+    sequential = False
+
+    def windows(self, low: float, high: float, start: int, order: str | None) -> Iterator[Window]:
+        if start == 0:
+            yield Window(0, self.texts)
 
 
-def json_documents(file: Path, column: str, lines: Lines) -> Iterator[str]:
-    for at, line in lines:
-        text = decoded(file, at, line)
-        if not text.strip():
-            continue
-        where = f"The line at byte {at} of {file}"
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}. Each line has to hold one JSON object. Mend it.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object but {type(row).__name__}. Write {{{column!r}: ...}} lines.")
-        yield text_of(row, column, where)
-
-
-def decoded(file: Path, at: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig" if at == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8: byte {at + error.start} of its text is 0x{line[error.start]:02x}. Reading on would "
-            f"train on garbage. Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
-        ) from error
-
-
-READERS: dict[str, Reader] = {
-    ".txt": text_documents,
-    ".jsonl": json_documents,
-    ".ndjson": json_documents,
-    ".json": json_documents,
-}
-
-
-def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    """The text in a row; an empty one where it is null."""
-    if column not in row:
-        raise UserError(f"{where} {no_column(column, row)}")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UserError(f"{where} {no_text(column, type(text).__name__)}")
-    return text
-
-
-def no_column(column: str, columns: Iterable[str]) -> str:
-    return (
-        f"has no column {column!r}; it has {', '.join(columns) or 'none'}. Name the one with the text: `column: NAME`."
+def open_source(source: Source, cache_dir: Path) -> Collection:
+    name = source.describe()
+    if source.embedded:
+        texts = embedded_documents(cache_dir)
+        return Collection(name, [Texts(texts)], f"{len(texts)} documents, {sum(map(len, texts))} characters", keep=True)
+    if source.hub:
+        pieces, fingerprint = shards_of_dataset(source)
+        return Collection(name, pieces, fingerprint, remote=True)
+    files = matching_files(cast(str, source.files))
+    pieces = pieces_of_files(files, source.column)
+    sizes = [file.stat().st_size for file in files]
+    listing = repr((SLICE, source.column, [file.name for file in files], sizes))
+    fingerprint = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
+    size = sum(
+        size * (EXPANSION if file.suffix in DECOMPRESSORS or file.suffix == ".parquet" else 1)
+        for file, size in zip(files, sizes, strict=True)
     )
+    if size <= IN_MEMORY:
+        return Collection(name, [Bundle(pieces)], fingerprint, keep=True)
+    return Collection(name, bundled(pieces, SLICE), fingerprint)
 
 
-def no_text(column: str, kind: str) -> str:
-    return f"holds {kind} in the column {column!r}, not text. Name the column that holds the text: `column: NAME`."
+@dataclass(frozen=True)
+class Overlap:
+    """How many documents two peers have in common.
+
+    :param first: the documents of each peer that were compared
+    :param total: documents there are
+    :param shared: share of the first documents that two peers have in common, the mean over all pairs of peers
+    :param error: standard error of `shared`
+    :param chance: what peers that draw `first` of `total` documents at random share on average: first / total
+    """
+
+    first: int
+    total: int
+    shared: float
+    error: float
+    chance: float
 
 
-def parquet_pieces(file: Path, column: str) -> list[Piece]:
-    with reading(file):
-        metadata = pq.read_metadata(file)
-        schema = metadata.schema.to_arrow_schema()
-    if column not in schema.names:
-        raise UserError(f"{file} {no_column(column, schema.names)}")
-    kind = schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{file} {no_text(column, str(kind))}")
-    return [partial(read_row_group, file, column, group) for group in range(metadata.num_row_groups)]
+def overlap(
+    sources: Sequence[Source], *, seed: int, cache_dir: Path, shuffle_buffer: int, first: int = 2000, peers: int = 4
+) -> Overlap:
+    """Measure the share of the first documents that two peers have in common; all text is read once to count it.
 
+    :param first: documents of each peer to compare
+    :param peers: at least 2; more give a smaller error
+    """
 
-def read_row_group(file: Path, column: str, group: int, share: float) -> Iterator[str]:
-    with reading(file), pq.ParquetFile(file) as table:
-        texts = table.read_row_group(group, columns=[column])[column]
-        first = int(share * len(texts))
-        for text in itertools.chain(texts.slice(first), texts.slice(0, first)):
-            yield text.as_py() or ""
-
-
-# ---------------------------------------------------------------------------------------------------------- the Hub
-
-
-class HubStream:
-    """A data set on the Hub, streamed; Parquet files are cut into their row groups when their turn comes."""
-
-    def __init__(self, source: Source, shuffle_buffer: int) -> None:
-        self.source = source
-        self.shuffle_buffer = shuffle_buffer
-        with reaching_the_hub(source):
-            from datasets import load_dataset  # a second to import; runs without the Hub need not wait for it
-
-            self.rows = load_dataset(
-                cast(str, source.hub),
-                source.config,
-                split=source.split,
-                revision=source.revision,
-                streaming=True,
-                token=True if source.private else None,
-            )
-            columns = self.rows.column_names
-        if columns is not None and source.column not in columns:
-            raise UserError(f"{source.describe()} {no_column(source.column, columns)}")
-        if columns is not None:
-            self.rows = self.rows.select_columns([source.column])  # pictures beside the text need not be decoded
-
-    def one_pass(self, order: random.Random | None) -> Iterator[str]:
-        if order is None:
-            return self.texts(self.rows)
-        shards = order.sample(range(self.rows.num_shards), self.rows.num_shards)
-        pieces = [partial(self.shard, index, order) for index in shards]
-        return shuffled(side_by_side(pieces, order), self.shuffle_buffer, order)
-
-    def shard(self, index: int, order: random.Random, share: float) -> Iterator[str]:
-        """Read one file: its row groups in any order, or, where it cannot be cut, rotated like any other piece."""
-        with reaching_the_hub(self.source):
-            whole = self.rows.shard(self.rows.num_shards, index)
-            cut = whole.reshard()  # reads the footer of this one file, which has to be read anyway
-        if cut.num_shards > 1:
-            for group in order.sample(range(cut.num_shards), cut.num_shards):
-                yield from self.texts(cut.shard(cut.num_shards, group))
-        else:
-            skipped = int(share * SKIPPED_ROWS)
-            yield from itertools.islice(self.texts(whole), skipped, None)
-            yield from itertools.islice(self.texts(whole), skipped)
-
-    def texts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-        with reaching_the_hub(self.source):
-            for row in rows:
-                yield text_of(row, self.source.column, f"A row of {self.source.describe()}")
-
-
-@contextlib.contextmanager
-def reaching_the_hub(source: Source) -> Iterator[None]:
-    """Turn what the Hub's clients raise into what a person can do about it."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.utils import httpx
-
-    damage = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-    try:
-        yield
-    except (OSError, httpx.HTTPError, ValueError, RuntimeError, DatasetsError, *damage) as error:
-        what = textwrap.shorten(str(error) or type(error).__name__, 600).rstrip(".")
-        raise UserError(f"Cannot read {source.describe()}: {what}. {hub_advice(error)}") from error
-
-
-def hub_advice(error: Exception) -> str:
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub.errors import LocalTokenNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, LocalTokenNotFoundError):
-        return "The source is `private: true`, and nobody has logged in on this machine. Type: hf auth login"
-    if isinstance(error, DatasetNotFoundError | RevisionNotFoundError):
-        return (
-            "A name or `revision` is wrong, or the data set is private or gated. Look it up on "
-            "https://huggingface.co/datasets; for a private or gated one, type `hf auth login` and add `private: true`."
+    def read(place: str, endless: bool) -> Documents:
+        return documents(
+            sources,
+            seed=seed,
+            place=place,
+            part="train",
+            cache_dir=cache_dir,
+            shuffle_buffer=shuffle_buffer,
+            endless=endless,
         )
-    if isinstance(error, DataFilesNotFoundError):
-        return "It has no file that can be streamed (Parquet, JSON lines, CSV, text). Choose another data set."
-    if isinstance(error, UnicodeDecodeError | EOFError | zlib.error | lzma.LZMAError | pa.ArrowException):
-        return "One of its files is damaged or not UTF-8. Tell its owner, or name a good `revision`."
-    if isinstance(error, ValueError | RuntimeError):
-        return "Check `config` and `split` of the source against the data set's page on the Hub."
-    return (
-        "The Hub could not be reached, or broke off. Check the network with `curl -I https://huggingface.co` and start "
-        "again; without network, use {embedded: true} or {files: PATTERN}."
-    )
+
+    def identity(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    total = len({identity(text) for text in read("count", False)})
+    first = min(first, total)
+    seen = [{identity(text) for text in itertools.islice(read(f"peer {peer}", True), first)} for peer in range(peers)]
+    shares = [len(one & other) / first for one, other in itertools.combinations(seen, 2)]
+    # The pairs are not independent; each peer counts once.
+    error = statistics.pstdev(shares) / peers**0.5
+    return Overlap(first, total, statistics.fmean(shares), error, first / total)

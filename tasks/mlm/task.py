@@ -4,28 +4,28 @@ import difflib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
-from tasks.mlm.instances import instances
-from tasks.mlm.masking import Vocabulary, collate
+from tasks.mlm.batches import BatchStream, Shape, Texts
+from tasks.mlm.cleaning import make_cleaner
+from tasks.mlm.encoder import open_encoder
+from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
 from tokenizer.train import train_tokenizer
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # the bar of `save_pretrained` would draw over the console line of the run
 
-MEGABYTE = 10**6
 _KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own without --initial_peers."
 
 
@@ -35,6 +35,7 @@ class MaskedLM:
     def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
         self.settings, self.cache_dir = settings, cache_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.encoder = open_encoder(folder)
         config = AutoConfig.from_pretrained(folder)
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
@@ -75,26 +76,51 @@ class MaskedLM:
             if mine != its:
                 raise UserError(f"The tokenizer in your {name} has {mine}, but this run's has {its}. {_KEEP_OUT}")
 
-    def batches(self, micro_batch_size: Callable[[], int], place: str) -> Iterator[dict[str, torch.Tensor]]:
-        seed = int.from_bytes(sha256(f"{self.settings['seed']} {place}".encode()).digest()[:8], "big")
-        rng = np.random.default_rng(seed)
-        texts = documents(
+    def texts(self, place: str, state: dict[str, Any] | None = None) -> Texts:
+        """The documents that a peer at this place trains on, from the beginning or from a state of theirs."""
+        return documents(
             _sources(self.settings),
             seed=self.settings["seed"],
             place=place,
             part="train",
             cache_dir=self.cache_dir,
             shuffle_buffer=self.settings["shuffle_buffer"],
+            state=state,
         )
-        vocabulary = Vocabulary.of(self.tokenizer)
-        stream = instances(texts, self.tokenizer, self.settings["seq_length"], rng)
-        while True:
-            yield collate(
-                list(islice(stream, micro_batch_size())),
-                vocabulary,
-                mask_probability=self.settings["mask_probability"],
-                rng=rng,
-            )
+
+    def batches(
+        self,
+        micro_batch_size: Callable[[], int],
+        place: str,
+        *,
+        step: Callable[[], int],
+        state: dict[str, Any] | None = None,
+    ) -> BatchStream:
+        settings = self.settings
+        longest = settings["seq_length"]
+        return BatchStream(
+            partial(self.texts, place),
+            self.encoder,
+            clean=make_cleaner(settings["cleaning"]),
+            shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
+            mask_probability=settings["mask_probability"],
+            seed=f"{settings['seed']} {place}",
+            state=state,
+        )
+
+    def trial_batch(self, samples: int) -> dict[str, torch.Tensor]:
+        shape = samples, self.settings["seq_length"]
+        drawn = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(self.encoder.ordinary_ids), shape, generator=drawn)
+        ids = torch.from_numpy(self.encoder.ordinary_ids)[ids]
+        chosen = torch.rand(shape, generator=drawn) < self.settings["mask_probability"]
+        return {
+            "input_ids": torch.where(chosen, self.encoder.mask_id, ids),
+            "labels": torch.where(chosen, ids, IGNORED),
+            "attention_mask": torch.ones(shape, dtype=torch.int64),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "sentence_order_label": torch.arange(samples) % 2,
+        }
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         output = self.model(
@@ -130,11 +156,24 @@ class MaskedLM:
         }
 
 
+def length_at(step: int, settings: Mapping[str, Any]) -> int:
+    """Tokens in the longest instance at a global step: it grows linearly to `seq_length`, in steps of 8 tokens.
+
+    Short instances are cheaper, and all that the first thousands of steps need; BERT took 128 tokens for 90 % of its
+    training (Devlin et al. 2019, appendix A.2).
+    """
+    last, steps = settings["seq_length"], settings["seq_length_warmup_steps"]
+    if step >= steps:
+        return int(last)
+    first = min(last, settings["seq_length_start"])
+    return int(first + (last - first) * step / steps) // 8 * 8
+
+
 def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
     """One small forward pass: a config that no model can be built from should not open a run."""
     try:
         task = MaskedLM(settings, folder, cache_dir)
-        loss = task.loss(next(task.batches(lambda: 2, place="trial")))
+        loss = task.loss(next(task.batches(lambda: 2, place="trial", step=lambda: 0)))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise UserError(
@@ -175,7 +214,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
     """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
     name = settings["tokenizer"]
     if name is None:
-        wanted = ("sources", "vocab_size", "tokenizer_megabytes", "lowercase", "seed")
+        wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)
         folder = cache_dir / "tokenizers" / sha256(recipe.encode()).hexdigest()[:16]
         if not folder.exists():
@@ -190,10 +229,12 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedT
                 endless=False,
             )
             train_tokenizer(
-                _up_to(texts, settings["tokenizer_megabytes"] * MEGABYTE),
+                map(make_cleaner(settings["cleaning"]), texts),
                 folder,
                 vocab_size=settings["vocab_size"],
+                normalizer=settings["normalizer"],
                 lowercase=settings["lowercase"],
+                megabytes=settings["tokenizer_megabytes"],
                 seed=settings["seed"],
             )
         name = str(folder)
@@ -212,12 +253,3 @@ def _identify_tokenizer(folder: Path) -> str:
     rules = json.dumps(sorted(tokenizer.get_vocab().items()))
     rules += tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
     return f"{len(tokenizer):,} entries and fingerprint {sha256(rules.encode()).hexdigest()[:8]}"
-
-
-def _up_to(texts: Iterable[str], budget: float) -> Iterator[str]:
-    """Texts until `budget` bytes of UTF-8 have gone by."""
-    for text in texts:
-        if budget <= 0:
-            return
-        budget -= len(text.encode("utf-8"))
-        yield text

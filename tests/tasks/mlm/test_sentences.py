@@ -1,10 +1,11 @@
+import itertools
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.mlm.sentences import split_sentences
+from tasks.mlm.sentences import cut_at_spaces, split_sentences
 
 MARKS = ".!?…।॥؟۔؛。！？」”\"') \n\t\u2028"
 
@@ -55,3 +56,13 @@ def test_time_is_linear(piece):
     started = time.process_time()
     split_sentences(piece * 100_000 + "x")
     assert time.process_time() - started < 3
+
+
+@given(st.text(st.sampled_from("ab \t\u2028"), max_size=80), st.integers(1, 20))
+def test_long_text_is_cut_before_spaces(text, most):
+    parts = list(cut_at_spaces(text, most))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= most for part in parts) or text == ""
+    for part, following in itertools.pairwise(parts):
+        if not following[0].isspace():  # cut inside a word: there was no place before
+            assert not any(character.isspace() for character in part[1:])

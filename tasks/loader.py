@@ -1,0 +1,89 @@
+"""Batches that are ready before they are asked for."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tasks import Batch, Batches
+
+AHEAD = 4  # batches
+LOOK_SECONDS = 0.1
+
+Made = tuple[Batch, dict[str, Any]] | Exception
+
+
+class Loader:
+    """Makes batches in a thread, some ahead of their use, and knows how long they were waited for.
+
+    A thread, because a process of its own would load the libraries once more: seconds at the start and some hundred MB
+    on a volunteer's laptop. Most of the work is done without Python's lock, in C++ and numpy.
+
+    :param stream: what is made. Used by the thread alone from now on.
+    :param stop: becomes true when nobody wants batches any more: then they end, also while one is waited for, which
+      takes as long as the network is away.
+    """
+
+    def __init__(self, stream: Batches, stop: object = False) -> None:
+        self._waited, self._asked = 0.0, time.monotonic()
+        self._stop = stop
+        self._stream, self._state = stream, stream.state_dict()
+        self._put_back: list[Batch] = []
+        self._ready: queue.Queue[Made] = queue.Queue(AHEAD)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._make, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._put_back:
+            return self._put_back.pop(0)
+        began, made = time.monotonic(), None
+        while made is None:
+            try:
+                made = self._ready.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                if self._stop:
+                    raise StopIteration from None
+        self._waited += time.monotonic() - began
+        if isinstance(made, Exception):
+            self._ready.put(made)  # whoever asks again gets the same answer
+            raise made
+        batch, self._state = made
+        return batch
+
+    def wait_share(self) -> float:
+        """The share of the time since the last call in which batches were waited for."""
+        waited, since, now = self._waited, self._asked, time.monotonic()
+        self._waited, self._asked = 0.0, now
+        return min(1.0, waited / (now - since))
+
+    def put_back(self, batches: Iterable[Batch]) -> None:
+        """Give these before any other: a batch that was too large, in parts."""
+        self._put_back[:0] = batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's, after the batch that was taken last; those made ahead are not in it. JSON."""
+        return self._state
+
+    def close(self) -> None:
+        """End the thread as soon as it is done with its batch, and give up what it has made ahead."""
+        self._closing.set()
+        self._stream.close()
+
+    def _make(self) -> None:
+        made: Made | None = None
+        while not (self._closing.is_set() or isinstance(made, Exception)):
+            try:
+                made = next(self._stream), self._stream.state_dict()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is asked for
+                made = error
+            while not self._closing.is_set():
+                try:
+                    self._ready.put(made, timeout=LOOK_SECONDS)
+                    break
+                except queue.Full:
+                    continue
