@@ -16,6 +16,7 @@ import logging
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,7 @@ class Documents(Iterator[str]):
         self._clock, self._sleep = clock, sleep or self._closed.wait
         self._started = False
         self._left = self._candidates()
+        weakref.finalize(self, release, streams, timeout=1.0)  # also when Python ends before anybody closed this
 
     def __next__(self) -> str:
         if not self._started:
@@ -303,8 +305,12 @@ class Documents(Iterator[str]):
     def close(self) -> None:
         """End the iteration, also one that waits in another thread, and the threads that read."""
         self._closed.set()
-        for stream in self.streams:
-            stream.close(timeout=5.0)
+        release(self.streams, timeout=5.0)
+
+
+def release(streams: list[Stream], timeout: float) -> None:
+    for stream in streams:
+        stream.close(timeout)
 
 
 @dataclass

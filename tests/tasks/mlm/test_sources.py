@@ -1,7 +1,10 @@
 import itertools
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,8 @@ from tasks.mlm.corpus import is_heldout
 from tasks.mlm.sources import Documents, Source, documents, overlap
 from tasks.mlm.windows import LONGEST, cut
 from tests.tasks.mlm.texts import COMPRESS, HELDOUT, KINDS, TEXTS, TRAIN, encoded, json_lines, parquet
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -587,6 +592,23 @@ def test_closing_ends_a_stream_that_waits(read, streamed, clock):
     list(itertools.islice(found, 50))
     Path("a.jsonl").unlink()
     assert len(list(found)) < 1000
+
+
+def test_a_program_that_ends_in_the_middle_of_a_file_ends_silently(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(encoded(".jsonl.gz"))
+    program = (
+        "from pathlib import Path\n"
+        "from tasks.mlm import local_files, sources\n"
+        "sources.IN_MEMORY, local_files.SLICE = 1, 5000\n"
+        "stream = sources.documents([sources.Source(files='a.jsonl.gz')], seed=0, place='', part='train',"
+        " cache_dir=Path(), shuffle_buffer=1)\n"
+        "next(stream)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_state_taken_during_an_outage_brings_back_what_was_put_off(read, streamed, clock):
