@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.report import Report, run_benchmark
 from tasks.loader import Loader
 from tasks.mlm.batches import BatchStream, Shape
+from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
 from tasks.mlm.corpus import embedded_documents
 from tasks.mlm.encoder import open_encoder
 from tasks.mlm.sentences import split_sentences
@@ -106,12 +107,22 @@ def raw(texts: list[str], folder: Path) -> Cost:
     return Cost(seconds, sum(len(text.encode()) for text in some) / MEGABYTE, tokens)
 
 
+def batches_of(source: Any, folder: Path) -> BatchStream:
+    """All that a trainer does with documents, with the settings' defaults."""
+    return BatchStream(
+        lambda state: source,
+        open_encoder(folder),
+        clean=make_cleaner(DEFAULT_RULES),
+        shape=lambda: SHAPE,
+        mask_probability=MASK,
+        seed="benchmark",
+    )
+
+
 def ours(texts: list[str], folder: Path) -> Cost:
     """Our batches, from documents in memory."""
     source = Texts(texts)
-    stream = BatchStream(
-        lambda state: source, open_encoder(folder), shape=lambda: SHAPE, mask_probability=MASK, seed="benchmark"
-    )
+    stream = batches_of(source, folder)
     return between_pools(stream, stream, lambda: source.size, folder)
 
 
@@ -124,9 +135,7 @@ def ours_loaded(texts: list[str], folder: Path) -> Cost:
     source = documents(
         [Source(files=str(file))], seed=0, place="benchmark", part="train", cache_dir=folder, shuffle_buffer=2000
     )
-    stream = BatchStream(
-        lambda state: source, open_encoder(folder), shape=lambda: SHAPE, mask_probability=MASK, seed="benchmark"
-    )
+    stream = batches_of(source, folder)
     loader = Loader(stream)
 
     def size() -> float:

@@ -18,6 +18,7 @@ from tasks.mlm.sentences import cut_at_spaces
 from tokenizer.normalizers import NORMALIZERS, make_normalizer
 
 SPACE = "▁"  # SentencePiece's mark for the space before a word
+END = "\udfff"  # a word of no tokens between sentences; half a character, which no text holds
 SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python, not for the `tokenizers` library
 GRAIN = 256  # scores are multiples of 1/256, so that sums up to 2**24 / 256 are exact in SentencePiece's float32
 AT_ONCE = 2**18  # characters; the `tokenizers` library takes a hundred bytes of memory for each
@@ -181,23 +182,19 @@ class WordEncoder(Encoder):
         self._forget()
 
     def _forget(self) -> None:
-        self._words = Numbered()
+        self._words = Numbered({END: 0})
         self._ids = np.empty(0, dtype=np.int32)  # of the words that are kept, one after the other, and room for more
-        self._ends = np.zeros(1, dtype=np.int64)  # word n is _ids[_ends[n] : _ends[n + 1]]; room here too
+        self._ends = np.zeros(2, dtype=np.int64)  # word n is _ids[_ends[n] : _ends[n + 1]]; room here too
 
     def _encode(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._words.new or self._ends[len(self._words)] > REMEMBERED:  # the last call failed, or all is full
             self._forget()
-        words = [sentence.split() for sentence in sentences]
-        everything = "".join(sentences)
+        everything = f" {END} ".join([*sentences, ""])
         if any(separator in everything for separator in SEPARATORS):
-            for index, sentence in enumerate(sentences):
-                if any(separator in sentence for separator in SEPARATORS):
-                    words[index] = re.findall(rf"(?:\S|[{SEPARATORS}])+", sentence)
-        counts = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-        numbers = np.fromiter(
-            map(self._words.__getitem__, itertools.chain.from_iterable(words)), dtype=np.int64, count=int(counts.sum())
-        )
+            words = re.findall(rf"(?:\S|[{SEPARATORS}])+", everything)
+        else:
+            words = everything.split()
+        numbers = np.fromiter(map(self._words.__getitem__, words), dtype=np.int64, count=len(words))
         if self._words.new:
             self._keep(*self._encode_new(self._words.new))
             self._words.new = []
@@ -205,8 +202,10 @@ class WordEncoder(Encoder):
         sizes = self._ends[numbers + 1] - starts
         bounds = from_zero(sizes)
         ids = self._ids[np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], sizes)]
-        sentence_bounds = bounds[from_zero(counts)]
-        return ids, sentence_bounds[1:] - sentence_bounds[:-1]
+        ends = bounds[:-1][numbers == 0]
+        if len(ends) != len(sentences):
+            raise ValueError(f"a sentence holds half a character, {END!r}: clean the text first")
+        return ids, np.diff(ends, prepend=0)
 
     def _keep(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         known = len(self._words) - len(lengths)
@@ -285,8 +284,8 @@ class PieceEncoder(WordEncoder):
 class Numbered(dict[str, int]):
     """Numbers words in the order in which they are first asked for."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, known: dict[str, int]) -> None:
+        super().__init__(known)
         self.new: list[str] = []
 
     def __missing__(self, word: str) -> int:

@@ -48,16 +48,16 @@ class Pool:
             sentences_until.append(len(sentences))
         ids, lengths = encoder.encode(sentences)
         ends = np.append(0, np.cumsum(lengths))
-        sentence_ends = np.unique(ends[1:])  # normalisers may leave nothing of a sentence
-        sentence_ends = sentence_ends[sentence_ends > 0]
-        document_ends = np.unique(ends[sentences_until])
+        sentence_ends = ends[1:][lengths > 0]  # normalisers may leave nothing of a sentence
+        document_ends = ends[sentences_until]
+        document_ends = document_ends[np.diff(document_ends, prepend=0) > 0]
         begins = encoder.begins_word[ids]
         begins[0:1] = True
         begins[sentence_ends[:-1]] = True
         begins = cut_long_words(begins)
         word_of = np.cumsum(begins) - 1
         word_of[ids == encoder.unk_id] = -1
-        return cls(ids, word_of, np.flatnonzero(begins), sentence_ends, document_ends[document_ends > 0])
+        return cls(ids, word_of, np.flatnonzero(begins), sentence_ends, document_ends)
 
     def ranges(self) -> list[tuple[int, int]]:
         """The first token of each document, and the one after its last."""

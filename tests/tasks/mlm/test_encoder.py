@@ -152,10 +152,11 @@ def test_words_are_forgotten_when_there_are_too_many(folder, corpus, monkeypatch
     assert max(known) < 700 and known != sorted(known)
 
 
-def test_a_call_that_failed_leaves_nothing_behind(folder):
+@pytest.mark.parametrize("half", ["\ud800", module.END])
+def test_a_call_that_failed_leaves_nothing_behind(folder, half):
     encoder = open_encoder(folder)
-    with pytest.raises((UnicodeEncodeError, TypeError)):
-        encoder.encode(["the first \ud800 of all"])
+    with pytest.raises((ValueError, TypeError)):
+        encoder.encode([f"the first {half} of all"])
     assert encoded(encoder, ["the first of all"]) == reference(folder, ["the first of all"])
 
 
