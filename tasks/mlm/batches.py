@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 FIRST_BATCHES, MOST_BATCHES = 4, 128
 """So many batches are made of the documents of one pool: few at first, as somebody waits; more sort better."""
-AT_ONCE, CHARACTERS_AT_ONCE = 256, 100_000  # documents that are tokenized in one call
+AT_ONCE, CHARACTERS_AT_ONCE = 1024, 250_000  # documents that are tokenized in one call
 AHEAD_OF_NEED = 1.25
 
 

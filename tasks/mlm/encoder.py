@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import compute
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it at import
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,8 +20,8 @@ from tasks.mlm.sentences import cut_at_spaces
 from tokenizer.normalizers import NORMALIZERS, make_normalizer
 
 SPACE = "▁"  # SentencePiece's mark for the space before a word
-END = "\udfff"  # a word of no tokens between sentences; half a character, which no text holds
-SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python, not for the `tokenizers` library
+END = "\x00"  # a word of no tokens, after each sentence
+WIDE_SPACE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 GRAIN = 256  # scores are multiples of 1/256, so that sums up to 2**24 / 256 are exact in SentencePiece's float32
 AT_ONCE = 2**18  # characters; the `tokenizers` library takes a hundred bytes of memory for each
 REMEMBERED = 2**19  # tokens of the words that are kept: about 200,000 words and 40 MB
@@ -182,19 +184,20 @@ class WordEncoder(Encoder):
         self._forget()
 
     def _forget(self) -> None:
-        self._words = Numbered({END: 0})
+        self._words = Numbered({END: 0, "": 1})
         self._ids = np.empty(0, dtype=np.int32)  # of the words that are kept, one after the other, and room for more
-        self._ends = np.zeros(2, dtype=np.int64)  # word n is _ids[_ends[n] : _ends[n + 1]]; room here too
+        self._ends = np.zeros(3, dtype=np.int64)  # word n is _ids[_ends[n] : _ends[n + 1]]; room here too
 
     def _encode(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._words.new or self._ends[len(self._words)] > REMEMBERED:  # the last call failed, or all is full
             self._forget()
         everything = f" {END} ".join([*sentences, ""])
-        if any(separator in everything for separator in SEPARATORS):
-            words = re.findall(rf"(?:\S|[{SEPARATORS}])+", everything)
-        else:
-            words = everything.split()
-        numbers = np.fromiter(map(self._words.__getitem__, words), dtype=np.int64, count=len(words))
+        if not everything.isascii():
+            everything = WIDE_SPACE.sub(" ", everything)
+        words = compute.ascii_split_whitespace(pa.array([everything])).values.dictionary_encode()
+        distinct = words.dictionary.to_pylist()
+        found = np.fromiter(map(self._words.__getitem__, distinct), dtype=np.int64, count=len(distinct))
+        numbers = found[words.indices.to_numpy()]
         if self._words.new:
             self._keep(*self._encode_new(self._words.new))
             self._words.new = []
@@ -204,7 +207,7 @@ class WordEncoder(Encoder):
         ids = self._ids[np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], sizes)]
         ends = bounds[:-1][numbers == 0]
         if len(ends) != len(sentences):
-            raise ValueError(f"a sentence holds half a character, {END!r}: clean the text first")
+            return Encoder._encode(self, sentences)  # END is in the text
         return ids, np.diff(ends, prepend=0)
 
     def _keep(self, ids: np.ndarray, lengths: np.ndarray) -> None:

@@ -152,12 +152,17 @@ def test_words_are_forgotten_when_there_are_too_many(folder, corpus, monkeypatch
     assert max(known) < 700 and known != sorted(known)
 
 
-@pytest.mark.parametrize("half", ["\ud800", module.END])
+@pytest.mark.parametrize("half", ["\ud800", "\udfff"])
 def test_a_call_that_failed_leaves_nothing_behind(folder, half):
     encoder = open_encoder(folder)
     with pytest.raises((ValueError, TypeError)):
         encoder.encode([f"the first {half} of all"])
     assert encoded(encoder, ["the first of all"]) == reference(folder, ["the first of all"])
+
+
+def test_the_mark_between_sentences_may_stand_in_a_text(folder):
+    sentences = ["first", f"a {module.END} b", module.END, "", f"{module.END}c last"]
+    assert encoded(open_encoder(folder), sentences) == reference(folder, sentences)
 
 
 def test_texts_too_long_to_encode_at_once(folder, corpus, monkeypatch):
