@@ -153,6 +153,7 @@ def main() -> None:
                 record=resumed and resumed.trainer_state.get("place"),
             )
             batches = load(place.state)
+            stages.done("text")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
             if resumed or network.initial_peers:
