@@ -5,6 +5,7 @@ about the same number of positions, so that 97 % and more of these are real toke
 (Rows of one instance each need no mask inside, and every one begins with the [CLS] that sentence order is judged by.)
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
@@ -14,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from collab.errors import UserError
 from tasks.mlm.encoder import Encoder
-from tasks.mlm.instances import Instances, Pool, make_instances
+from tasks.mlm.instances import SHORTEST, Instances, Pool, make_instances
 from tasks.mlm.masking import collate, width_of
 
 Batch = dict[str, torch.Tensor]
@@ -25,6 +27,10 @@ FIRST_BATCHES, MOST_BATCHES = 4, 128
 """So many batches are made of the documents of one pool: few at first, as somebody waits; more sort better."""
 AT_ONCE, CHARACTERS_AT_ONCE = 1024, 250_000  # documents that are tokenized in one call
 AHEAD_OF_NEED = 1.25
+GIVE_UP = 20_000  # documents without a single token
+MOST_DOCUMENTS = 1_000_000  # of a pool
+
+logger = logging.getLogger(__name__)
 
 
 class Texts(Protocol):
@@ -77,8 +83,10 @@ class BatchStream:
     ) -> None:
         self._encoder, self._shape, self._mask_probability, self._seed = encoder, shape, mask_probability, seed
         self._state: State = {"texts": None, "documents": 0, "pools": 0, "batches": 0, "taken": []}
-        if state is not None:
-            self._state |= state
+        if state is not None and not _is_state(state):
+            logger.warning("The saved place in the data cannot be used: reading begins anew.")
+        elif state is not None:
+            self._state = dict(state)
         self._clean = clean
         self._coming = _Reading(open_texts(self._state["texts"]), clean, encoder)
         self._pool: Pool  # from the first batch on
@@ -155,6 +163,27 @@ class BatchStream:
         return np.random.default_rng(np.frombuffer(sha256(f"{self._seed} {what}".encode()).digest(), dtype=np.uint32))
 
 
+def _is_state(state: State) -> bool:
+    """Whether this may be a `BatchStream.state_dict`; a checkpoint from anywhere can hold anything."""
+    counts = [state.get(key) for key in ("documents", "pools", "batches")]
+    shapes = state.get("taken")
+    return (
+        all(isinstance(count, int) and count >= 0 for count in counts)
+        and state["documents"] <= MOST_DOCUMENTS
+        and isinstance(state.get("texts"), dict if state["pools"] else type(None))
+        and isinstance(shapes, list)
+        and all(
+            isinstance(shape, list)
+            and len(shape) == 3
+            and all(isinstance(number, int) for number in shape)
+            and shape[0] >= 1
+            and shape[1] >= SHORTEST
+            and shape[2] >= 0
+            for shape in shapes
+        )
+    )
+
+
 class _Reading:
     """Documents on their way into a pool, tokenized."""
 
@@ -167,6 +196,11 @@ class _Reading:
     def read(self, tokens: int) -> None:
         """Go on until so many tokens are there."""
         while self.tokens < tokens:
+            if not self.tokens and self.documents >= GIVE_UP:
+                raise UserError(
+                    f"The tokenizer makes no token of {self.documents:,} documents. Look at the text with: "
+                    f"python scripts/inspect_data.py --config YOUR.yaml"
+                )
             self._tokenize(self._some(AT_ONCE))
 
     def read_documents(self, number: int) -> None:

@@ -17,6 +17,7 @@ IN_ORDER, SWAPPED, NO_ORDER = 0, 1, -100  # AlbertForPreTraining's sentence_orde
 SHORT = 0.1  # share of the instances that are shorter on purpose (BERT, Devlin et al. 2019, appendix A.2)
 LONGEST_WORD = 8  # tokens; a longer one (an URL, a base64 line) counts as several, or it would be masked as a whole
 SPECIAL = 3  # [CLS] A [SEP] B [SEP]
+SHORTEST = 16  # tokens; less is no room for two segments of more than a word
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def make_instances(
     words). Documents are not mixed.
 
     :param ranges: of the pool's tokens, each within one document; whole documents are `pool.ranges()`
-    :param seq_length: tokens in the longest instance, special ones included; at least 16
+    :param seq_length: tokens in the longest instance, special ones included; at least SHORTEST
     :param rng: decides about lengths, parting points and swaps
     """
-    if seq_length < 16:
-        raise ValueError(f"seq_length is {seq_length}; two segments of more than a word need at least 16")
+    if seq_length < SHORTEST:
+        raise ValueError(f"seq_length is {seq_length}; two segments of more than a word need at least {SHORTEST}")
     cuts = np.array(_pack(pool, ranges, seq_length - SPECIAL, rng), dtype=np.int64).reshape(-1, 2)
     start, stop = cuts[:, 0], cuts[:, 1]
     # Where to part: after a sentence inside; if there is none, before a word inside; if there is none, nowhere.

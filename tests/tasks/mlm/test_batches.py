@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from collab.errors import UserError
 from tasks.mlm import batches as module
 from tasks.mlm.batches import Batch, BatchStream, Shape
 from tasks.mlm.encoder import Encoder, open_encoder
@@ -124,6 +125,32 @@ def test_who_comes_back_goes_on_as_if_nothing_had_happened(stream, taken):
     before = take(first, taken)
     after = take(stream(state=first.state_dict()), 100 - taken)
     assert same(whole, before + after)
+
+
+GOOD = {"texts": {"read": 7}, "documents": 5, "pools": 1, "batches": 3, "taken": [[1024, 64, 3]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": 10**12}, {"documents": -1}, {"documents": "5"}, {"batches": None}, {"pools": 1.5}, {"pools": 0},
+        {"texts": None}, {"taken": 3}, {"taken": [[1024, 64]]}, {"taken": [[0, 64, 3]]}, {"taken": [[1024, 8, 3]]},
+        {"taken": ["abc"]}, {"taken": [[1024, 64, -3]]},
+    ],
+)  # fmt: skip
+def test_a_state_that_is_none_is_a_new_start(stream, change, caplog):
+    """A checkpoint from the Hub can hold anything."""
+    assert same(take(stream(state=GOOD | change), 3), take(stream(), 3))
+    assert "reading begins anew" in caplog.text
+    caplog.clear()
+    next(stream(state=GOOD))
+    assert caplog.text == ""
+
+
+def test_text_without_any_token_is_not_looked_through_for_ever(stream, monkeypatch):
+    monkeypatch.setattr(module, "GIVE_UP", 3000)
+    with pytest.raises(UserError, match="no token of"):
+        next(stream([" "]))
 
 
 def test_coming_back_reads_no_more_than_the_documents_under_way(stream):
