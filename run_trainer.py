@@ -40,7 +40,7 @@ from collab.reachability import start_peer
 from collab.selftest import self_test
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
 from collab.watch import ModelWatch
-from tasks import Batch, find_task
+from tasks import Batch, Batches, find_task
 from tasks.loader import Loader
 
 
@@ -126,9 +126,8 @@ def main() -> None:
             scaler.scale(loss).backward()
             return loss.detach()
 
-        def load(state: dict[str, Any] | None) -> Loader:
-            stream = task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
-            return Loader(stream, stop)
+        def stream(state: dict[str, Any] | None) -> Batches:
+            return task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
         try:
@@ -152,7 +151,7 @@ def main() -> None:
                 name=peer.peer_id,
                 record=resumed and resumed.trainer_state.get("place"),
             )
-            batches = load(place.state)
+            batches = Loader(stream(place.state), stop)
             stages.done("text")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
@@ -167,9 +166,8 @@ def main() -> None:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
                     settings = task.settings = wanted
                     optimizer.adopt(settings)
-                    batches.close()
                     place.move(f"{peer.peer_id}/{step}")
-                    batches = load(None)
+                    batches.restart(stream(None))
                     continue
                 batch = next(batches, None)
                 if batch is None:  # told to stop while there was no text
@@ -177,6 +175,7 @@ def main() -> None:
                 loss = unless_out_of_memory(compute_gradients, batch)
                 if loss is None:
                     micro_batch.halve()
+                    batches.restart(stream(batches.state_dict()))  # those made ahead are too large as well
                     batches.put_back(split(batch, micro_batch))
                     console.line(f"Memory ran out; from now on micro-batches have {micro_batch.size} samples")
                     continue

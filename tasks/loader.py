@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from tasks import Batch, Batches
@@ -28,19 +29,23 @@ class Loader:
     def __init__(self, stream: Batches, stop: object = False) -> None:
         self._waited, self._asked = 0.0, time.monotonic()
         self._stop = stop
+        self._put_back: Iterator[Batch] = iter(())
+        self._begin(stream)
+
+    def _begin(self, stream: Batches) -> None:
         self._stream, self._state = stream, stream.state_dict()
-        self._put_back: list[Batch] = []
         self._ready: queue.Queue[Made] = queue.Queue(AHEAD)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._make, name="batches", daemon=True)
+        arguments = (stream, self._ready, self._closing)
+        self._thread = threading.Thread(target=_make, args=arguments, name="batches", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._put_back:
-            return self._put_back.pop(0)
+        for batch in self._put_back:
+            return batch
         began, made = time.monotonic(), None
         while made is None:
             try:
@@ -62,8 +67,8 @@ class Loader:
         return min(1.0, waited / (now - since))
 
     def put_back(self, batches: Iterable[Batch]) -> None:
-        """Give these before any other: a batch that was too large, in parts."""
-        self._put_back[:0] = batches
+        """Give these before any other: a batch that was too large, in parts that are made when they are asked for."""
+        self._put_back = chain(batches, self._put_back)
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's, after the batch that was taken last; those made ahead are not in it. JSON."""
@@ -74,16 +79,22 @@ class Loader:
         self._closing.set()
         self._stream.close()
 
-    def _make(self) -> None:
-        made: Made | None = None
-        while not (self._closing.is_set() or isinstance(made, Exception)):
+    def restart(self, stream: Batches) -> None:
+        """Go on with another stream. What was made ahead is given up; what was put back is not."""
+        self.close()
+        self._begin(stream)
+
+
+def _make(stream: Batches, ready: "queue.Queue[Made]", closing: threading.Event) -> None:
+    made: Made | None = None
+    while not (closing.is_set() or isinstance(made, Exception)):
+        try:
+            made = next(stream), stream.state_dict()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is asked for
+            made = error
+        while not closing.is_set():
             try:
-                made = next(self._stream), self._stream.state_dict()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is asked for
-                made = error
-            while not self._closing.is_set():
-                try:
-                    self._ready.put(made, timeout=LOOK_SECONDS)
-                    break
-                except queue.Full:
-                    continue
+                ready.put(made, timeout=LOOK_SECONDS)
+                break
+            except queue.Full:
+                continue

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.swarm
 @pytest.fixture
 def run(swarm: Swarm) -> tuple[Program, str, str]:
     """A trainer that makes a global step in a few seconds, its address, and its organizer's id, who has left."""
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=60))
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=60, target_batch_size=8192))
     trainer = swarm.start_trainer("early", address)
     trainer.wait_for_output("step 2/60")
     kept = read_kept(swarm.folder / "run")
@@ -32,7 +32,7 @@ def test_a_run_outlives_its_organizer_who_alone_can_change_it(
 ) -> None:
     trainer, address, organizer = run
     at = steps_made(trainer) + 7  # by then the organizer is back, also on a busy computer
-    changed = swarm.configure(max_global_steps=at + 2, learning_rate=0.001)
+    changed = swarm.configure(max_global_steps=at + 2, learning_rate=0.001, target_batch_size=8192)
     at_step = ("--change_at_step", str(at))
 
     # Nobody else changes it, and nobody has to believe a volunteer who the organizer is.

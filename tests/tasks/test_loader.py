@@ -80,6 +80,18 @@ def test_what_was_put_back_comes_first(load):
     assert [number(next(loader)) for _ in range(3)] == [100, 101, 1]
 
 
+def test_a_restart_gives_up_what_was_made_ahead_and_keeps_what_was_put_back(load):
+    first, second = Numbers(), Numbers()
+    loader = load(first)
+    until(lambda: first.made == AHEAD + 1)
+    next(loader)
+    loader.put_back([{"number": torch.tensor([100])}])
+    second.made = 50
+    loader.restart(second)
+    assert [number(next(loader)) for _ in range(3)] == [100, 50, 51]
+    assert loader.state_dict() == {"made": 52}
+
+
 def test_a_failure_is_raised_where_the_batch_is_asked_for_each_time(load):
     loader = load(Numbers(fails_at=2))
     assert [number(next(loader)) for _ in range(2)] == [0, 1]
