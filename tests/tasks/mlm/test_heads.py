@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedModel
 
 from tasks.mlm.heads import MaskedPositions
 
@@ -15,11 +15,13 @@ SMALL: dict[str, Any] = {
     "sep_token_id": 3,
 }  # fmt: skip
 
+
 @pytest.fixture(params=["albert", "bert", "roberta", "deberta-v2", "modernbert"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     more = {"embedding_size": 16} if request.param == "albert" else {}
-    return AutoModelForPreTraining.from_config(AutoConfig.for_model(request.param, **SMALL, **more)).eval()
+    auto = AutoModelForMaskedLM if request.param == "modernbert" else AutoModelForPreTraining
+    return auto.from_config(AutoConfig.for_model(request.param, **SMALL, **more)).eval()
 
 
 def inputs() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
