@@ -19,6 +19,7 @@ from collab.errors import UserError
 from tasks.mlm.batches import BatchStream, Shape, Texts
 from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
+from tasks.mlm.heads import MaskedPositions
 from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
 from tokenizer.train import train_tokenizer
@@ -40,6 +41,9 @@ class MaskedLM:
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
         self.model: torch.nn.Module = AutoModelForPreTraining.from_config(config)
+        self._predict = MaskedPositions(self.model)
+        knows_segments = getattr(config, "type_vocab_size", 0) > 1
+        self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments else [])]
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
@@ -123,15 +127,17 @@ class MaskedLM:
         }
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        output = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            token_type_ids=batch["token_type_ids"],
+        chosen = batch["labels"] >= 0
+        inputs = {name: batch[name] for name in self._inputs}
+        output = self._predict(chosen, **inputs)
+        logits = output.get("prediction_logits", output.get("logits"))
+        total = cross_entropy(logits.float(), batch["labels"][chosen])
+        order, order_logits = (
+            batch["sentence_order_label"],
+            output.get("sop_logits", output.get("seq_relationship_logits")),
         )
-        total = cross_entropy(output.prediction_logits.flatten(0, 1).float(), batch["labels"].flatten())
-        order = batch["sentence_order_label"]
-        if (order >= 0).any():  # the mean over no label at all would be NaN
-            total = total + cross_entropy(output.sop_logits.float(), order)
+        if order_logits is not None and (order >= 0).any():  # the mean over no label at all would be NaN
+            total = total + cross_entropy(order_logits.float(), order)
         return total
 
     def save_pretrained(self, folder: Path) -> None:
