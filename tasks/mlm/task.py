@@ -132,10 +132,8 @@ class MaskedLM:
         output = self._predict(chosen, **inputs)
         logits = output.get("prediction_logits", output.get("logits"))
         total = cross_entropy(logits.float(), batch["labels"][chosen])
-        order, order_logits = (
-            batch["sentence_order_label"],
-            output.get("sop_logits", output.get("seq_relationship_logits")),
-        )
+        order = batch["sentence_order_label"]
+        order_logits = output.get("sop_logits", output.get("seq_relationship_logits"))
         if order_logits is not None and (order >= 0).any():  # the mean over no label at all would be NaN
             total = total + cross_entropy(order_logits.float(), order)
         return total
