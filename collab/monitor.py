@@ -55,9 +55,9 @@ class StepSummary:
 
     @classmethod
     def from_metrics(cls, entry: dict[str, Any]) -> "StepSummary":
-        """Read back what a tracker wrote."""
+        """Read back what a tracker wrote. What an older version did not write yet is NaN."""
         kinds = {field.name: int if field.name in WHOLE else float for field in fields(cls)}
-        values: dict[str, Any] = {name: kind(entry[name]) for name, kind in kinds.items()}
+        values: dict[str, Any] = {name: kind(entry.get(name, math.nan)) for name, kind in kinds.items()}
         return cls(**values)
 
 
