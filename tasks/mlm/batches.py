@@ -8,7 +8,6 @@ about the same number of positions, so that 97 % and more of these are real toke
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from hashlib import sha256
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from collab.errors import UserError
 from tasks.mlm.encoder import Encoder
 from tasks.mlm.instances import SHORTEST, Instances, Pool, make_instances
 from tasks.mlm.masking import collate, width_of
+from tasks.mlm.windows import seeded
 
 Batch = dict[str, torch.Tensor]
 State = dict[str, Any]
@@ -132,15 +132,18 @@ class BatchStream:
     def _take_pool(self, shape: Shape) -> None:
         read = self._coming
         read.read(self._wanted(shape))
-        self._pool, self._coming = joined(read.pools), _Reading(read.texts, self._clean, self._encoder)
+        self._adopt(read)
         self._note(texts=read.began, documents=read.documents, pools=self._state["pools"] + 1, taken=[])
         self._make_plan(shape, self._pool.ranges())
+
+    def _adopt(self, read: "_Reading") -> None:
+        self._pool, self._coming = joined(read.pools), _Reading(read.texts, self._clean, self._encoder)
 
     def _return(self) -> None:
         """Read the pool that was under way again, and plan it as it was planned."""
         taken = self._state["taken"]
         self._coming.read_documents(self._state["documents"])
-        self._pool, self._coming = joined(self._coming.pools), _Reading(self._coming.texts, self._clean, self._encoder)
+        self._adopt(self._coming)
         self._note(taken=[])
         ranges = self._pool.ranges()
         for positions, seq_length, batches in taken:
@@ -160,7 +163,7 @@ class BatchStream:
         self._state = self._state | changed
 
     def _rng(self, *what: object) -> np.random.Generator:
-        return np.random.default_rng(np.frombuffer(sha256(f"{self._seed} {what}".encode()).digest(), dtype=np.uint32))
+        return seeded(f"{self._seed} {what}")
 
 
 def _is_state(state: State) -> bool:

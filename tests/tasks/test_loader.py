@@ -9,6 +9,7 @@ import torch
 
 from tasks import Batch
 from tasks.loader import AHEAD, Loader
+from tests.swarm.processes import wait_until
 
 SECONDS = 10
 
@@ -55,12 +56,7 @@ def number(batch: Batch) -> int:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(SECONDS * 100):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise TimeoutError
+    wait_until(condition, SECONDS, lambda: "the loader's thread did not get there")
 
 
 def test_batches_are_made_ahead_and_the_state_is_that_of_the_last_one_taken(load):
