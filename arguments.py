@@ -317,11 +317,23 @@ class TrainerArguments:
     _argument_group_name = "this computer's training"
 
     public_name: str = option("", "The name under which your contribution is listed. Empty: the end of the peer id.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps. auto takes the first GPU.")
+    device: str = option(
+        "auto", "auto, cpu, cuda, mps, or several: cuda:0,cuda:1. auto takes all GPUs that are like the first one."
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         "Precision of the forward and backward pass. auto: bfloat16 on GPUs that have it, float16 on older "
-        "ones, float32 on CPUs.",
+        "ones, on CPUs float32 or bfloat16, whichever turns out faster.",
+    )
+    compile: Literal["auto", "try", "never"] = option(
+        "auto",
+        "Let torch.compile fuse the passes. auto: it is tried on GPUs, and kept if it gains a tenth; try: on CPUs as "
+        "well, where it takes minutes and rarely gains.",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Compute each layer again in the backward pass instead of keeping it in memory: a small part of the memory, a "
+        "third more computing. For GPUs on which a single sample does not fit.",
     )
     micro_batch_size: int = option(
         0,

@@ -27,7 +27,7 @@ from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
 from collab.console import Console, Stages, show_log
 from collab.contributions import counted_by_organizer
-from collab.device import pick_device, pick_precision
+from collab.device import pick_devices
 from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
@@ -38,9 +38,11 @@ from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
 from collab.selftest import self_test
+from collab.speed import Speed, count_flops, peak_flops
+from collab.step import TrainingStep, checkpoint_layers, possible_ways
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
 from collab.watch import ModelWatch
-from tasks import Batch, Batches, find_task
+from tasks import Batches, find_task
 from tasks.loader import Loader
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     given = parse(__doc__ or "", (PeerArguments, TrainerArguments, *AGREED))
     network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
     cache_dir = Path(network.cache_dir)
-    device = pick_device(mine.device)
+    devices = pick_devices(mine.device)
     if mine.save_dir:
         make_folder(Path(mine.save_dir))  # better now than after a week of training
     if mine.threads:
@@ -79,12 +81,12 @@ def main() -> None:
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
         run_id = settings["run_id"]
-        precision = pick_precision(mine.precision, device, settings["precisions"])
+        ways = possible_ways(mine.precision, devices[0], settings["precisions"])
         serve_bandwidth(peer)
         peer.dht.add_validators(metrics_validators(run_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]
-        console.line(f"{name} joins the run {run_id} on {device} ({str(precision).removeprefix('torch.')})")
+        console.line(f"{name} joins the run {run_id} on {', '.join(map(str, devices))}")
         if not network.initial_peers:
             console.line(
                 f"This is a NEW run, and {name} is alone in it so far. If you meant to join one that goes on already: "
@@ -95,11 +97,15 @@ def main() -> None:
         stages.done("manifest")
 
         # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
-        task = find_task(settings["task"])(settings, folder, cache_dir)
+        replicas = [find_task(settings["task"])(settings, folder, cache_dir) for _ in devices]
+        task = replicas[0]
         resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
         if resumed:
             load_weights_into(task.model, resumed.folder)
-        task.model.to(device).train()
+        if mine.gradient_checkpointing:
+            for replica in replicas:
+                checkpoint_layers(replica.model)
+        compute_gradients = TrainingStep(replicas, devices, ways[0])
         optimizer = make_optimizer(
             peer,
             weight_decay_groups(task.model, settings["weight_decay"]),
@@ -109,22 +115,11 @@ def main() -> None:
             bandwidth=network.bandwidth,
         )
         stop.listen()
-        # Losses are scaled for float16 only; gradients are unscaled before hivemind adds them up.
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
         if network.bandwidth is None and not peer.on_loopback_only:
             measure_in_background(peer, optimizer.use_measured_bandwidth)
         stages.done("model")
-
-        def compute_gradients(batch: Batch) -> torch.Tensor:
-            batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-            optimizer.zero_grad()
-            with autocast:
-                loss = task.loss(batch)
-            scaler.scale(loss).backward()
-            return loss.detach()
 
         def stream(state: dict[str, Any] | None) -> Batches:
             return task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
@@ -134,7 +129,9 @@ def main() -> None:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
             micro_batch = MicroBatch(mine.micro_batch_size)
-            if mine.micro_batch_size == 0:  # before the state is taken over, which would be old afterwards
+            # before the state is taken over, which would be old afterwards
+            console.line(compute_gradients.choose_way(ways, task.trial_batch(2)))
+            if mine.micro_batch_size == 0:
                 tuned = tune_micro_batch(
                     compute_gradients,
                     task.model,
@@ -144,14 +141,19 @@ def main() -> None:
                 )
                 console.line(tuned.as_line())
                 micro_batch.size = tuned.size
-                optimizer.tracker.performance_ema.reset_timer()  # this was no training
-                stages.done("tuning")
+            sample, peak = task.trial_batch(1), peak_flops(devices, compute_gradients.way.precision)
+            flops = count_flops(compute_gradients, task.model, sample) if peak else 0
+            if mine.compile == "try" or (mine.compile == "auto" and devices[0].type == "cuda"):
+                console.line(compute_gradients.try_compiled(task.trial_batch(micro_batch.size)))
+            speed = Speed(flops / task.tokens(sample), peak)
+            optimizer.tracker.performance_ema.reset_timer()  # this was no training
+            stages.done("tuning")
             place = Place(
                 cache_dir / "places" / manifest.swarm_id,
                 name=peer.peer_id,
                 record=resumed and resumed.trainer_state.get("place"),
             )
-            batches = Loader(stream(place.state), stop)
+            batches = Loader(stream(place.state), stop, pinned=devices[0].type == "cuda")
             stages.done("text")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
@@ -169,28 +171,28 @@ def main() -> None:
                     place.move(f"{peer.peer_id}/{step}")
                     batches.restart(stream(None))
                     continue
-                batch = next(batches, None)
+                with speed.part("data"):
+                    batch = next(batches, None)
                 if batch is None:  # told to stop while there was no text
                     break
-                loss = unless_out_of_memory(compute_gradients, batch)
-                if loss is None:
+                with speed.part("compute"):
+                    passes = unless_out_of_memory(compute_gradients, batch)
+                if passes is None:
                     micro_batch.halve()
                     batches.restart(stream(batches.state_dict()))  # those made ahead are too large as well
                     batches.put_back(split(batch, micro_batch))
                     console.line(f"Memory ran out; from now on micro-batches have {micro_batch.size} samples")
                     continue
-                if scaler.is_enabled():
-                    scaler.unscale_(optimizer)
-                if gradients_are_finite(task.model):
-                    loss_sum += loss.item() * size_of(batch)
+                if passes.finite:
+                    loss_sum += passes.loss * size_of(batch)
                     samples += size_of(batch)
-                    optimizer.step(batch_size=size_of(batch))
+                    speed.add(task.tokens(batch))
+                    with speed.part("averaging"):
+                        optimizer.step(batch_size=size_of(batch))
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
                     if skipped & (skipped - 1) == 0:  # at 1, 2, 4, 8, ... of them
                         console.line(f"{skipped} micro-batches with a NaN or infinite gradient were dropped so far")
-                if scaler.is_enabled():
-                    scaler.update()
                 stages.done("first batch")
 
                 progress = optimizer.tracker.global_progress
@@ -226,9 +228,10 @@ def main() -> None:
                     grad_norm=optimizer.guard.grad_norm,
                     sketch=sketch(task.model.parameters()),
                     skipped_batches=skipped,
-                    data_wait=batches.wait_share(),
+                    memory=0,
                     client_mode=peer.client_mode,
                     time=get_dht_time(),
+                    **speed.take(),
                     **report.as_record(),
                 )
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
@@ -263,12 +266,6 @@ def main() -> None:
             changes.stop()
             lookout.stop()
             optimizer.leave()
-
-
-def gradients_are_finite(model: torch.nn.Module) -> bool:
-    """One reduction over all gradients: the norm is finite if and only if every value is (or overflowed by summing)."""
-    gradients = [param.grad for param in model.parameters() if param.grad is not None]
-    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 if __name__ == "__main__":

@@ -9,10 +9,21 @@ from collab.errors import UserError
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU; any other name is torch's. :raises UserError: it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_devices(names: str) -> list[torch.device]:
+    """The devices of a peer, the main one first.
+
+    `auto` is every GPU that is of the same kind as the first one (a weaker one would hold up the others), else the CPU.
+    Otherwise names as torch has them, with commas between them. :raises UserError: one of them is not there.
+    """
+    if names == "auto":
+        if torch.cuda.is_available():
+            gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+            return [gpu for gpu in gpus if torch.cuda.get_device_name(gpu) == torch.cuda.get_device_name(gpus[0])]
+        names = "mps" if torch.backends.mps.is_available() else "cpu"
+    return [_device(name.strip()) for name in names.split(",")]
+
+
+def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -29,7 +40,7 @@ def pick_precision(wanted: str, device: torch.device, allowed: Sequence[str] = t
     """The dtype of the forward and backward pass; weights, gradients and averaging stay in float32.
 
     `auto`: bfloat16 on GPUs that compute in it, float16 on older ones (with scaled losses), float32 on CPUs, where
-    support for bfloat16 does not tell whether it is faster; if the run does not allow that one, the best that it does.
+    `collab.step` then measures what is faster; if the run does not allow that one, the best that it does.
 
     :param allowed: what the run's organizer admits.
     :raises UserError: `wanted` is not among them.

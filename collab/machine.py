@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from collab.codecs import CODECS
-from collab.device import pick_device, pick_precision
+from collab.device import pick_devices, pick_precision
 from collab.diagnosis import Finding, Verdict
 from collab.files import make_folder
 from collab.selftest import OPEN_FILES, check_codecs, possible_files, too_few_files
@@ -61,13 +61,15 @@ def check_device(name: str, precision: str, parameters: int = 0) -> Finding:
     :param parameters: of the model; 0 if it is not known.
     :raises UserError: there is no such device.
     """
-    device = pick_device(name)
+    devices = pick_devices(name)
+    device, more = devices[0], f", and {len(devices) - 1} more like it" if len(devices) > 1 else ""
     dtype = str(pick_precision(precision, device)).removeprefix("torch.")
     if device.type != "cuda":
         what = f"{device}, {os.cpu_count()} cores" if device.type == "cpu" else str(device)
-        return Finding("device", "ok", f"{what}, computing in {dtype}.")
+        how = "the faster of float32 and bfloat16" if device.type == "cpu" and precision == "auto" else dtype
+        return Finding("device", "ok", f"{what}, computing in {how}.")
     free, total = torch.cuda.mem_get_info(device)
-    what = f"{torch.cuda.get_device_name(device)} with {_gb(total)}, {_gb(free)} free, computing in {dtype}"
+    what = f"{torch.cuda.get_device_name(device)} with {_gb(total)}, {_gb(free)} free{more}, computing in {dtype}"
     needed = 4 * VALUES_ON_DEVICE * parameters
     if needed > free:
         advice = "End other programs on the GPU, give another --device, or keep a part in RAM with --offload_optimizer."

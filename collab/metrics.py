@@ -35,6 +35,11 @@ class PeerRecord(BaseModel):
     samples_total: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Samples of this session that were really averaged into the common model."""
     samples_per_second: confloat(strict=True, ge=0.0, le=1e9)  # type: ignore[valid-type]
+    """While this peer computes."""
+    tokens_per_second: confloat(strict=True, ge=0.0, le=1e12)  # type: ignore[valid-type]
+    """Real tokens, without padding, since the last step; waiting included."""
+    mfu: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
+    """Model FLOP utilisation: share of the devices' peak in what those tokens cost; 0 where the peak is not known."""
     peers_met: conint(strict=True, ge=1, le=10**6)  # type: ignore[valid-type]
     """Peers whose gradients are in this peer's step, itself included: 1 if it made the step alone."""
     peers_expected: conint(strict=True, ge=1, le=10**6)  # type: ignore[valid-type]
@@ -58,6 +63,12 @@ class PeerRecord(BaseModel):
     """Micro-batches of this session that were dropped for a NaN or infinite gradient."""
     data_wait: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
     """Share of the time since the last step in which this peer's device waited for samples."""
+    compute_share: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
+    """Share of it in the forward and backward passes."""
+    averaging_wait: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
+    """Share of it in which the device waited for the peers and for the optimizer."""
+    memory: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Bytes of RAM, and of the GPUs' memory, that this peer takes at its peak."""
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
@@ -76,9 +87,12 @@ class PeerRecord(BaseModel):
         if self.applied:
             megabytes = (self.bytes_sent + self.bytes_received) / 10**6
             traffic = f" ({self.parts:.0%} of the parts, {megabytes:.1f} MB, {self.allreduce_seconds:.1f} s)"
-        waited = f"  {self.data_wait:.0%} of the time waiting for data" if self.data_wait >= TOLD_WAIT else ""
+        waits = {"data": self.data_wait, "peers": self.averaging_wait}
+        told = [f"{share:.0%} for {what}" for what, share in waits.items() if share >= TOLD_WAIT]
+        waited = f"  waited {' and '.join(told)}" if told else ""
+        peak = f" ({self.mfu:.0%} of the peak)" if self.mfu else ""
         return (
-            f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.samples_per_second:.0f} samples/s  "
+            f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.tokens_per_second:,.0f} tokens/s{peak}  "
             f"peers {self.peers_met}/{self.peers_expected}{traffic}  {self.samples_total:,} samples given"
             f"{waited}{verdict}"
         )

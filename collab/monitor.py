@@ -1,6 +1,7 @@
 """Turns the records of single peers into the history of the swarm, one entry for each global step."""
 
 import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ class StepSummary:
     """Samples of all peers that went into the step."""
     samples_per_second: float
     """Of all peers together."""
+    tokens_per_second: float
+    """Real tokens, of all peers together, waiting included."""
     peers: int
     """Peers that reported the step."""
     peers_met: int
@@ -46,6 +49,10 @@ class StepSummary:
     """Of the slowest peer."""
     data_wait: float
     """Share of the time in which a peer's device waited for samples, mean over peers."""
+    compute_share: float
+    """Share of the time in forward and backward passes, mean over peers."""
+    averaging_wait: float
+    """Share of the time in which a peer's device waited for the others and for the optimizer, mean over peers."""
     time: float
     """When it was complete, in seconds since 1970."""
 
@@ -112,6 +119,7 @@ def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
         loss=sum(record.loss * record.samples for record in records) / samples if samples else math.nan,
         samples=samples,
         samples_per_second=sum(record.samples_per_second for record in records),
+        tokens_per_second=sum(record.tokens_per_second for record in records),
         peers=len(records),
         peers_met=min(record.peers_met for record in records),
         peers_expected=max(record.peers_expected for record in records),
@@ -122,6 +130,8 @@ def _summarize(step: int, records: Sequence[PeerRecord]) -> StepSummary:
         model_spread=spread(sketches) if sketches else math.nan,
         matchmaking_seconds=max(record.matchmaking_seconds for record in records),
         allreduce_seconds=max(record.allreduce_seconds for record in records),
-        data_wait=sum(record.data_wait for record in records) / len(records),
+        data_wait=statistics.mean(record.data_wait for record in records),
+        compute_share=statistics.mean(record.compute_share for record in records),
+        averaging_wait=statistics.mean(record.averaging_wait for record in records),
         time=time.time(),
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -77,7 +77,7 @@ class Tuned:
 
 
 def tune_micro_batch(
-    call: Callable[[Batch], torch.Tensor],
+    call: Callable[[Batch], Any],
     model: torch.nn.Module,
     trial: Batch,
     *,
@@ -113,7 +113,7 @@ def tune_micro_batch(
             torch.accelerator.synchronize()
         return time.monotonic() - call_began
 
-    with _no_trace(model):
+    with no_trace(model):
         size, seconds = find_micro_batch_size(
             try_batch,
             largest=max(1, int(target_batch_size * SHARE_OF_TARGET)),
@@ -215,7 +215,7 @@ def size_of(batch: Batch) -> int:
 
 
 @contextmanager
-def _no_trace(model: torch.nn.Module) -> Iterator[None]:
+def no_trace(model: torch.nn.Module) -> Iterator[None]:
     """Passes over the model, with nothing of them left: dropout draws random numbers, batch norm keeps statistics."""
     device = next(model.parameters()).device
     buffers = [buffer.clone() for buffer in model.buffers()]

@@ -86,6 +86,9 @@ class Task(Protocol):
     def trial_batch(self, samples: int) -> Batch:
         """So many samples of the greatest size, with made-up content: time and memory measured on it hold for all."""
 
+    def tokens(self, batch: Batch) -> int:
+        """The tokens (or whatever samples are made of) in a batch on the CPU, padding left out: what speed counts."""
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss to minimise, a scalar: the mean over the samples of `batch`, which is on the model's device."""
 

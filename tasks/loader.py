@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -16,7 +15,7 @@ Made = tuple[Batch, dict[str, Any]] | Exception
 
 
 class Loader:
-    """Makes batches in a thread, some ahead of their use, and knows how long they were waited for.
+    """Makes batches in a thread, some ahead of their use.
 
     A thread, because a process of its own would load the libraries once more: seconds at the start and some hundred MB
     on a volunteer's laptop. Most of the work is done without Python's lock, in C++ and numpy.
@@ -24,11 +23,11 @@ class Loader:
     :param stream: what is made. Used by the thread alone from now on.
     :param stop: becomes true when nobody wants batches any more: then they end, also while one is waited for, which
       takes as long as the network is away.
+    :param pinned: put batches into memory that a GPU can fetch by itself, while the next ones are made.
     """
 
-    def __init__(self, stream: Batches, stop: object = False) -> None:
-        self._waited, self._asked = 0.0, time.monotonic()
-        self._stop = stop
+    def __init__(self, stream: Batches, stop: object = False, pinned: bool = False) -> None:
+        self._stop, self._pinned = stop, pinned
         self._put_back: Iterator[Batch] = iter(())
         self._begin(stream)
 
@@ -36,7 +35,7 @@ class Loader:
         self._stream, self._state = stream, stream.state_dict()
         self._ready: queue.Queue[Made] = queue.Queue(AHEAD)
         self._closing = threading.Event()
-        arguments = (stream, self._ready, self._closing)
+        arguments = (stream, self._ready, self._closing, self._pinned)
         self._thread = threading.Thread(target=_make, args=arguments, name="batches", daemon=True)
         self._thread.start()
 
@@ -46,25 +45,18 @@ class Loader:
     def __next__(self) -> Batch:
         for batch in self._put_back:
             return batch
-        began, made = time.monotonic(), None
+        made = None
         while made is None:
             try:
                 made = self._ready.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 if self._stop:
                     raise StopIteration from None
-        self._waited += time.monotonic() - began
         if isinstance(made, Exception):
             self._ready.put(made)  # whoever asks again gets the same answer
             raise made
         batch, self._state = made
         return batch
-
-    def wait_share(self) -> float:
-        """The share of the time since the last call in which batches were waited for."""
-        waited, since, now = self._waited, self._asked, time.monotonic()
-        self._waited, self._asked = 0.0, now
-        return min(1.0, waited / (now - since))
 
     def put_back(self, batches: Iterable[Batch]) -> None:
         """Give these before any other: a batch that was too large, in parts that are made when they are asked for."""
@@ -85,11 +77,14 @@ class Loader:
         self._begin(stream)
 
 
-def _make(stream: Batches, ready: "queue.Queue[Made]", closing: threading.Event) -> None:
+def _make(stream: Batches, ready: "queue.Queue[Made]", closing: threading.Event, pinned: bool) -> None:
     made: Made | None = None
     while not (closing.is_set() or isinstance(made, Exception)):
         try:
-            made = next(stream), stream.state_dict()
+            batch = next(stream)
+            if pinned:
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            made = batch, stream.state_dict()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is asked for
             made = error
         while not closing.is_set():

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 
 class MaskedPositions:
@@ -16,8 +17,8 @@ class MaskedPositions:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._chosen = model, torch.empty(0)
-        self._only = False
+        self._model = model
+        self._positions: torch.Tensor | None = None
         self._head(model).register_forward_pre_hook(self._gather)
 
     @staticmethod
@@ -30,15 +31,26 @@ class MaskedPositions:
         return projection
 
     def _gather(self, _module: torch.nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (hidden[0][self._chosen], *hidden[1:]) if self._only else None
+        if self._positions is None:
+            return None
+        return (hidden[0].flatten(0, 1).index_select(0, self._positions), *hidden[1:])
 
-    def __call__(self, chosen: torch.Tensor, **inputs: torch.Tensor) -> Any:
+    def __call__(self, positions: torch.Tensor, **inputs: torch.Tensor) -> Any:
         """The model's output, with predictions of [masked positions, vocabulary].
 
-        :param chosen: bool [batch, length]
+        :param positions: int64 [masked positions], where they are in the flattened batch
         """
-        self._chosen, self._only = chosen, True
+        self._positions = positions
         try:
             return self._model(**inputs)
         finally:
-            self._only = False
+            self._positions = None
+
+
+def fuse_activations(model: torch.nn.Module) -> None:
+    """Compute GELU's approximation by tanh in one operation instead of eight: the same function, and a tenth of a small
+    model's step on a CPU. Its name in the config stays."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation | FastGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))

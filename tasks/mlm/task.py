@@ -19,7 +19,8 @@ from collab.errors import UserError
 from tasks.mlm.batches import BatchStream, Shape, Texts
 from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
-from tasks.mlm.heads import MaskedPositions
+from tasks.mlm.heads import MaskedPositions, fuse_activations
+from tasks.mlm.instances import NO_ORDER
 from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
 from tokenizer.train import train_tokenizer
@@ -41,6 +42,7 @@ class MaskedLM:
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
         self.model: torch.nn.Module = AutoModelForPreTraining.from_config(config)
+        fuse_activations(self.model)
         self._predict = MaskedPositions(self.model)
         knows_segments = getattr(config, "type_vocab_size", 0) > 1
         self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments else [])]
@@ -126,16 +128,20 @@ class MaskedLM:
             "sentence_order_label": torch.arange(samples) % 2,
         }
 
+    def tokens(self, batch: dict[str, torch.Tensor]) -> int:
+        return int(batch["attention_mask"].sum())
+
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        chosen = batch["labels"] >= 0
-        inputs = {name: batch[name] for name in self._inputs}
-        output = self._predict(chosen, **inputs)
+        labels = batch["labels"].flatten()
+        positions = (labels >= 0).nonzero().squeeze(1)
+        output = self._predict(positions, **{name: batch[name] for name in self._inputs})
         logits = output.get("prediction_logits", output.get("logits"))
-        total = cross_entropy(logits.float(), batch["labels"][chosen])
-        order = batch["sentence_order_label"]
+        total = cross_entropy(logits.float(), labels[positions])
         order_logits = output.get("sop_logits", output.get("seq_relationship_logits"))
-        if order_logits is not None and (order >= 0).any():  # the mean over no label at all would be NaN
-            total = total + cross_entropy(order_logits.float(), order)
+        if order_logits is not None:
+            order = batch["sentence_order_label"]
+            losses = cross_entropy(order_logits.float(), order, ignore_index=NO_ORDER, reduction="sum")
+            total = total + losses / (order != NO_ORDER).sum().clamp(min=1)  # a mean over no label would be NaN
         return total
 
     def save_pretrained(self, folder: Path) -> None:

@@ -3,35 +3,38 @@
 import pytest
 import torch
 
-from collab.device import pick_device, pick_precision
+from collab.device import pick_devices, pick_precision
 from collab.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu,cuda", "mps:x", "cuda:-1"])
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "mps:x", "cuda:-1"])
 def test_a_device_that_is_not_there_is_refused_by_its_name(name):
-    with pytest.raises(UserError) as caught:
-        pick_device(name)
-    message = str(caught.value)
-    assert repr(name) in message and "--device" in message and "\n" not in message
+    for names in (name, f"cpu,{name}"):
+        with pytest.raises(UserError) as caught:
+            pick_devices(names)
+        message = str(caught.value)
+        assert repr(name) in message and "--device" in message and "\n" not in message
 
 
 def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == CPU
+    assert pick_devices("auto") == [CPU]
 
 
-def test_auto_takes_the_first_gpu(monkeypatch):
-    asked = []
+def test_auto_takes_the_gpus_that_are_like_the_first(monkeypatch):
+    names = ["Tesla T4", "Tesla T4", "Quadro P400"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(device))
-    assert pick_device("auto").type == "cuda" and asked == [torch.device("cuda")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    assert pick_devices("auto") == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
-def test_a_named_device_is_taken():
-    assert pick_device("cpu") == CPU
+def test_named_devices_are_taken():
+    assert pick_devices("cpu") == [CPU]
+    assert pick_devices("cpu, cpu") == [CPU, CPU]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_other_and_missing_packages_are_named(tmp_path: Path) -> None:
 
 
 def test_the_device_is_named_with_its_precision() -> None:
-    assert "computing in float32" in machine.check_device("cpu", "auto").message
+    assert "computing in the faster of float32 and bfloat16" in machine.check_device("cpu", "auto").message
+    assert "computing in float32" in machine.check_device("cpu", "float32").message
     with pytest.raises(UserError, match="cuda:99"):
         machine.check_device("cuda:99", "auto")
 

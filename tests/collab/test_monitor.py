@@ -45,6 +45,11 @@ def record(peer: str, step: int, **changes) -> PeerRecord:
         sketch=[1.0] * 16,
         client_mode=False,
         data_wait=0.25,
+        compute_share=0.5,
+        averaging_wait=0.125,
+        tokens_per_second=500.0,
+        mfu=0.0,
+        memory=10**9,
         time=1.7e9,
     )
     return PeerRecord(**{**given, **changes})
@@ -181,7 +186,8 @@ def test_a_summary_survives_the_metrics_file(tmp_path, loss):
     written = StepSummary(
         step=7, loss=loss, samples=123, samples_per_second=4.5, peers=3, peers_met=2, peers_expected=4,
         peers_averaged=2, peers_alone=1, parts=0.5, bytes_per_peer=10.0, model_spread=0.1,
-        matchmaking_seconds=1.0, allreduce_seconds=0.1, data_wait=0.0, time=time.time(),
+        matchmaking_seconds=1.0, allreduce_seconds=0.1, data_wait=0.0, compute_share=1.0, averaging_wait=0.0,
+        tokens_per_second=500.0, time=time.time(),
     )  # fmt: skip
     tracker = JsonLinesTracker(tmp_path)
     tracker.log(written.as_metrics(), written.step)

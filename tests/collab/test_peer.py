@@ -470,7 +470,8 @@ def record(peer: Peer, **changes) -> PeerRecord:
         name="a volunteer", peer_id=peer.peer_id, version="0.1.0", step=1, loss=2.0, samples=10, samples_total=10,
         samples_per_second=5.0, peers_met=2, peers_expected=2, applied=True, skipped_batches=0, parts=1.0,
         bytes_sent=10, bytes_received=10, matchmaking_seconds=1.0, allreduce_seconds=0.5, grad_norm=1.0,
-        sketch=[0.5] * 16, client_mode=False, data_wait=0.0, time=1.7e9,
+        sketch=[0.5] * 16, client_mode=False, data_wait=0.0, compute_share=1.0, averaging_wait=0.0,
+        tokens_per_second=500.0, mfu=0.0, memory=10**9, time=1.7e9,
     )  # fmt: skip
     return PeerRecord(**{**given, **changes})
 

@@ -96,20 +96,6 @@ def test_a_failure_is_raised_where_the_batch_is_asked_for_each_time(load):
             next(loader)
 
 
-def test_waiting_is_counted(load):
-    stream = Numbers(allowed=AHEAD)
-    loader = load(stream)
-    until(lambda: stream.made == AHEAD)
-    loader.wait_share()
-    threading.Event().wait(0.2)  # the device computes
-    for _ in range(AHEAD):
-        next(loader)
-    assert loader.wait_share() < 0.5
-    threading.Timer(0.2, stream.allowed.release).start()
-    next(loader)
-    assert loader.wait_share() > 0.5
-
-
 def test_a_closed_loader_makes_nothing_more(load):
     stream = Numbers()
     loader = load(stream)
