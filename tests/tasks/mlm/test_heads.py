@@ -103,7 +103,7 @@ def test_a_compiled_step_gives_the_plain_gradient():
     class Task:
         def __init__(self) -> None:
             self.model: torch.nn.Module = albert()
-            self._predict = MaskedPositions(self.model)  # type: ignore[arg-type]
+            self._predict = MaskedPositions(self.model)
 
         def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             labels = batch["labels"].flatten()
