@@ -35,7 +35,7 @@ def _preset(learning_rate: float, warmup: float, **settings: Any) -> Preset:
 
 
 PRESETS = {
-    # Lan et al. 2019, section 4.1; You et al. 2020 have the same rate and warm-up for this batch (untuned LAMB for BERT)
+    # Lan et al. 2019, section 4.1; You et al. 2020 have the same rate and warm-up for this batch (BERT, untuned LAMB)
     "albert": _preset(0.00176, 1 / 40, optimizer="lamb", target_batch_size=4096),
     # Diskin et al. 2021 (DeDLOC, sahajbert/arguments.py): ALBERT's, with 5,000 of 125,000 steps of warm-up
     "sahajbert": _preset(0.00176, 1 / 25, optimizer="lamb", target_batch_size=4096),
