@@ -17,7 +17,7 @@ class MomentOptimizer(torch.optim.Optimizer):
     """Adaptive moments with bias correction; a subclass says in `_update` what becomes of them.
 
     Tensors are worked through in pieces that fit into a core's cache, so that every value is fetched from memory once
-    for all operations. The temporary tensors of a piece take 2 MB for each thread on a CPU, and 32 MB elsewhere.
+    for all operations. The temporary tensors of a piece take 7 MB for each thread on a CPU, and 55 MB elsewhere.
 
     The state of a parameter is `step`, and `exp_avg` and `exp_avg_sq` like the parameter. With `eight_bit`, tensors of
     4,096 values and more have the codes of `collab.quantized` in their place, 2.02 bytes a value (if they are

@@ -170,7 +170,7 @@ def test_norms_are_told_by_their_type_and_not_by_their_name():
     }
 
 
-MODELS: dict[str, tuple[type, dict[str, Any]]] = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "albert": (AlbertForPreTraining, {"embedding_size": 8}),
     "bert": (BertForPreTraining, {}),
     "roberta": (RobertaForMaskedLM, {}),
@@ -241,7 +241,7 @@ def test_settings_reach_the_inner_optimizer(build):
     groups = [*one_group(1.0), *one_group(2.0)]
     groups[0]["weight_decay"] = 0.3
     options = dict(learning_rate=0.25, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-4)
-    kinds = {"lamb": Lamb, "lamb_8bit": Lamb, "adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
+    kinds: dict[str, Any] = {"lamb": Lamb, "lamb_8bit": Lamb, "adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
     assert kinds.keys() == OPTIMIZERS.keys() == set(get_args(get_type_hints(OptimizerArguments)["optimizer"]))
     for kind, cls in kinds.items():
         inner = build(groups, optimizer=kind, **options).optimizer(groups)
