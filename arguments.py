@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from collab.device import PRECISIONS
 from collab.errors import UserError
+from collab.presets import PRESETS, fill_in, follows_rule
 from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
 from tokenizer.normalizers import NORMALIZERS
 
@@ -146,14 +147,28 @@ class MLMArguments:
 
 @dataclass
 class OptimizerArguments:
-    """How averaged gradients become new weights. The defaults are ALBERT-large's (Lan et al. 2019, section 4.1)."""
+    """How averaged gradients become new weights. The defaults are those of the preset albert."""
 
     _argument_group_name = "its optimizer (agreed)"
 
-    optimizer: Literal["lamb", "adamw"] = option("lamb", "lamb for target batches of thousands, adamw for small ones.")
-    learning_rate: float = option(0.00176, "Peak learning rate. Scale it with the square root of target_batch_size.")
+    preset: Literal["albert", "sahajbert", "bert", "roberta"] = option(
+        "albert",
+        "Recipe for what is left out of the optimizer's settings and target_batch_size: albert and sahajbert (lamb, "
+        "0.00176 at 4096), bert (adamw, 0.0001 at 256), roberta (adamw, 0.0006 at 8192). See docs/optimizers.md.",
+    )
+    optimizer: Literal["lamb", "adamw", "lamb_8bit", "adamw_8bit"] = option(
+        "lamb",
+        "lamb for target batches of thousands, adamw for smaller ones. With _8bit the state takes 2 bytes a parameter "
+        "instead of 8.",
+    )
+    learning_rate: float = option(
+        0.00176,
+        "Peak learning rate. Left out: the preset's, times the square root of target_batch_size to the preset's.",
+    )
     min_learning_rate: float = option(0.0, "The learning rate at which the linear decay ends.")
-    warmup_steps: int = option(3125, "Global steps of linear warm-up.")
+    warmup_steps: int = option(
+        3125, "Global steps of linear warm-up. Left out: the preset's share of max_global_steps (albert: a fortieth)."
+    )
     weight_decay: float = option(0.01, "Decoupled weight decay; biases and normalisation layers have none.")
     adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
     adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
@@ -459,7 +474,12 @@ def pick(cls: type[T], given: Mapping[str, Any]) -> T:
 
 def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that peers have to agree on, defaults filled in: the settings of the run manifest."""
-    settings = {key: value for cls in AGREED for key, value in vars(pick(cls, given)).items()}
+    known = {"preset": OptimizerArguments.preset, **given}
+    require(known["preset"] in PRESETS, "preset", known["preset"], f"one of {', '.join(PRESETS)}")
+    for cls in (RunArguments, SwarmArguments):
+        pick(cls, known)  # refuses a batch or a length that nothing can be made of
+    filled = fill_in(known, known.get("max_global_steps", RunArguments.max_global_steps))
+    settings = {key: value for cls in AGREED for key, value in vars(pick(cls, filled)).items()}
     return dict(json.loads(json.dumps(settings)))  # as it will look to peers that receive it
 
 
@@ -478,9 +498,14 @@ def refuse_contradictions(given: Mapping[str, Any], settings: Mapping[str, Any])
 def changes_between(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What `given` would change in a run that goes on.
 
+    A learning rate that follows from the target batch goes on doing so.
+
     :raises UserError: nothing, something impossible, or something that cannot change.
     """
-    wanted = agreed_settings({**settings, **given})
+    before = dict(settings)
+    if follows_rule(settings):
+        del before["learning_rate"]
+    wanted = agreed_settings({**before, **given})
     changed = {key: value for key, value in wanted.items() if value != settings[key]}
     if not changed:
         raise UserError("There is nothing to change: all settings are those of the run. Leave out --change_at_step.")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import collab.moments
 from collab.lamb import Lamb
 
 
@@ -79,6 +80,19 @@ def test_the_norm_in_the_trust_ratio_is_bounded():
         take_steps(optimizer, [param], [[torch.tensor([0.0, 1.0])]])
         moved.append(param.detach()[1].item())
     assert moved[0] == pytest.approx(-0.1 * 10) and moved[1] == pytest.approx(moved[0])
+
+
+def test_a_tensor_that_is_worked_through_in_pieces_has_one_trust_ratio(monkeypatch):
+    torch.manual_seed(0)
+    moved = []
+    gradients = None
+    for places in (10**6, 64):
+        monkeypatch.setattr(collab.moments, "_piece_size", lambda param, places=places: places)
+        param = torch.nn.Parameter(torch.linspace(-1, 3, 300, dtype=torch.float64).view(20, 15))
+        gradients = gradients or gradients_of([param], steps=3)
+        take_steps(Lamb([param], lr=0.1), [param], gradients)
+        moved.append(param.detach())
+    torch.testing.assert_close(*moved, rtol=1e-12, atol=0)
 
 
 def test_groups_have_their_own_weight_decay():

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import hivemind
 import pytest
@@ -14,14 +14,32 @@ from hivemind.optim.progress_tracker import LocalTrainingProgress, ProgressTrack
 from hivemind.optim.state_averager import TrainingStateAverager, initialize_optimizer_state_
 from hivemind.utils import PerformanceEMA, ValueWithExpiration, get_dht_time
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
-from transformers import AlbertConfig, AlbertForPreTraining
+from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
+    BertForPreTraining,
+    DebertaV2ForMaskedLM,
+    LlamaForCausalLM,
+    ModernBertForMaskedLM,
+    RobertaForMaskedLM,
+    T5ForConditionalGeneration,
+)
 
 import collab.optimizer
-from arguments import agreed_settings
+from arguments import OptimizerArguments, agreed_settings
+from collab.adamw import AdamW8bit
 from collab.averager import StateAverager
 from collab.lamb import Lamb
 from collab.link import Link
-from collab.optimizer import CODECS, SwarmOptimizer, Tracker, linear_schedule, make_optimizer, weight_decay_groups
+from collab.optimizer import (
+    CODECS,
+    OPTIMIZERS,
+    SwarmOptimizer,
+    Tracker,
+    linear_schedule,
+    make_optimizer,
+    weight_decay_groups,
+)
 
 PEER: Any = SimpleNamespace(dht=object(), private_key=object(), client_mode=True)
 
@@ -152,6 +170,31 @@ def test_norms_are_told_by_their_type_and_not_by_their_name():
     }
 
 
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "albert": (AlbertForPreTraining, {"embedding_size": 8}),
+    "bert": (BertForPreTraining, {}),
+    "roberta": (RobertaForMaskedLM, {}),
+    "deberta-v2": (DebertaV2ForMaskedLM, {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "modernbert": (ModernBertForMaskedLM, {"pad_token_id": 0, "norm_bias": True}),
+    "llama": (LlamaForCausalLM, {}),
+    "t5": (T5ForConditionalGeneration, {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_norm_and_no_bias_of_a_model_of_transformers_is_decayed_and_all_else_is(kind: str) -> None:
+    """LlamaRMSNorm and T5LayerNorm are not torch's; a new weight of a norm is all ones, and nothing else is."""
+    cls, options = MODELS[kind]
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    model = cls(cls.config_class(**({"vocab_size": 50} if kind == "t5" else sizes), **options))
+    norms = {name for name, param in model.named_parameters() if bool((param == 1).all())}
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    decayed, undecayed = weight_decay_groups(model, 0.01)
+    assert len(norms) >= 4
+    assert names_in(model, undecayed) == norms | biases
+    assert names_in(model, decayed) == {name for name, _ in model.named_parameters()} - norms - biases
+
+
 def test_a_tied_parameter_is_in_one_group_once():
     model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight
@@ -162,7 +205,7 @@ def test_a_tied_parameter_is_in_one_group_once():
 # ---- clipping ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_what_the_optimizer_applies_is_clipped_over_all_groups(build, kind):
     """hivemind writes the averaged gradient into `.grad` and then steps: the clipping belongs between the two."""
     groups = [*one_group(1.0, 1.0), *one_group(1.0)]
@@ -198,7 +241,9 @@ def test_settings_reach_the_inner_optimizer(build):
     groups = [*one_group(1.0), *one_group(2.0)]
     groups[0]["weight_decay"] = 0.3
     options = dict(learning_rate=0.25, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-4)
-    for kind, cls in (("lamb", Lamb), ("adamw", torch.optim.AdamW)):
+    kinds: dict[str, Any] = {"lamb": Lamb, "lamb_8bit": Lamb, "adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
+    assert kinds.keys() == OPTIMIZERS.keys() == set(get_args(get_type_hints(OptimizerArguments)["optimizer"]))
+    for kind, cls in kinds.items():
         inner = build(groups, optimizer=kind, **options).optimizer(groups)
         assert type(inner) is cls
         assert [group["weight_decay"] for group in inner.param_groups] == [0.3, 0.0]
@@ -206,20 +251,33 @@ def test_settings_reach_the_inner_optimizer(build):
             assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.25, (0.8, 0.9), 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lamb", "adamw"])
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_the_state_is_there_from_the_start_and_changes_nothing(build, kind):
     """A newcomer loads the swarm's state into it; weights and the first real step are those of a fresh optimizer."""
-    groups, untouched = one_group(3.0, -4.0), one_group(3.0, -4.0)
+    values = [float(value) for value in torch.linspace(-4, 3, 5000)]
+    groups, untouched = one_group(*values), one_group(*values)
     groups[0]["weight_decay"] = untouched[0]["weight_decay"] = 0.1
     inner = build(groups, optimizer=kind, learning_rate=0.25, max_grad_norm=0.0).optimizer(groups)
     [param], [other] = groups[0]["params"], untouched[0]["params"]
     assert param.grad is None and torch.equal(param, other) and inner.param_groups[0]["lr"] == 0.25
-    assert inner.state[param]["exp_avg"].tolist() == [0.0, 0.0]
-    fresh = {"lamb": Lamb, "adamw": torch.optim.AdamW}[kind](untouched, lr=0.25, eps=1e-6)
+    moment = inner.state[param]["mean_codes" if kind.endswith("8bit") else "exp_avg"]
+    assert moment.numel() >= 5000 and not moment.any()
+    fresh = OPTIMIZERS[kind](untouched, lr=0.25, eps=1e-6)
     for optimizer, each in ((inner, param), (fresh, other)):
-        each.grad = torch.tensor([0.5, 2.0])
+        each.grad = torch.linspace(-1, 2, 5000)
         optimizer.step()
     assert torch.equal(param, other)
+
+
+def test_adamw_goes_on_from_a_state_in_8_bits(build):
+    groups = one_group(*[0.5] * 5000)
+    coded = build(groups, optimizer="adamw_8bit").optimizer(groups)
+    groups[0]["params"][0].grad = torch.ones(5000)
+    coded.step()
+    inner = build(groups, optimizer="adamw").optimizer(groups)
+    inner.load_state_dict(coded.state_dict())
+    inner.step()
+    assert inner.state[groups[0]["params"][0]]["step"] == 2
 
 
 def test_settings_reach_hivemind(build):
