@@ -1,6 +1,5 @@
-"""Masked language modelling with sentence order, as ALBERT is trained (Lan et al. 2019)."""
+"""Masked language modelling, with sentence order where the model judges it, as ALBERT is trained (Lan et al. 2019)."""
 
-import difflib
 import json
 import logging
 import tempfile
@@ -12,10 +11,20 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
+from tasks.mlm.architecture import (
+    SPECIAL_IDS,
+    WITH_ORDER,
+    knows_segments,
+    make_config,
+    make_model,
+    read_config,
+    refuse_too_long,
+    special_ids,
+)
 from tasks.mlm.batches import BatchStream, Shape, Texts
 from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
@@ -40,22 +49,26 @@ class MaskedLM:
         config = AutoConfig.from_pretrained(folder)
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
-        self.model: torch.nn.Module = AutoModelForPreTraining.from_config(config)
-        self._predict = MaskedPositions(self.model)
-        knows_segments = getattr(config, "type_vocab_size", 0) > 1
-        self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments else [])]
+        model = make_model(config)
+        self.model: torch.nn.Module = model
+        self._predict = MaskedPositions(model)
+        self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments(config) else [])]
+        self._judges_order = config.model_type in WITH_ORDER
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
-        config = _read_model_config(Path(settings["model_config"]))
-        positions = config.get("max_position_embeddings", settings["seq_length"])
-        if settings["seq_length"] > positions:
-            raise UserError(
-                f"seq_length is {settings['seq_length']}, but the model in {settings['model_config']} has "
-                f"{positions} positions. Lower seq_length or raise max_position_embeddings."
-            )
+        name, length = settings["model_config"], settings["seq_length"]
+        config = read_config(Path(name))
+        refuse_too_long(length, config, name)  # before a tokenizer is trained
+        tokenizer = _open_tokenizer(settings, cache_dir)
+        config |= special_ids(config, tokenizer)
+        refuse_too_long(length, config, name, tokenizer.pad_token_id)
+        if settings["tokenizer"] is None:
+            tokenizer.model_max_length = length  # the model has seen no position beyond
+        if not knows_segments(make_config(config)):
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         with tempfile.TemporaryDirectory(prefix="samiti-") as scratch:
-            _open_tokenizer(settings, cache_dir).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
             files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
             config["vocab_size"] = len(AutoTokenizer.from_pretrained(scratch))
             files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -67,9 +80,11 @@ class MaskedLM:
     def refuse_other_files(given: Mapping[str, Any], folder: Path) -> None:
         path = given.get("model_config")
         if path and Path(path).is_file():
-            here, there = _read_model_config(Path(path)), _read_model_config(folder / "config.json")
+            here, there = read_config(Path(path)), read_config(folder / "config.json")
             differing = sorted(
-                key for key in here.keys() | there.keys() if key != "vocab_size" and here.get(key) != there.get(key)
+                key
+                for key in here.keys() | there.keys()
+                if key not in ("vocab_size", *SPECIAL_IDS) and here.get(key) != there.get(key)
             )
             if differing:  # the number of ALBERT's layers changes no shape: nobody would notice
                 what = "; ".join(f"{key} = {here.get(key)}, but this run uses {there.get(key)}" for key in differing)
@@ -108,6 +123,7 @@ class MaskedLM:
             clean=make_cleaner(settings["cleaning"]),
             shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
             mask_probability=settings["mask_probability"],
+            parted=self._judges_order,
             seed=f"{settings['seed']} {place}",
             state=state,
         )
@@ -146,7 +162,7 @@ class MaskedLM:
         return (
             "from transformers import pipeline\n\n"
             f'fill = pipeline("fill-mask", "{name}")\n'
-            'print(fill("The word that was [MASK] here."))'
+            f'print(fill("The word that was {self.tokenizer.mask_token} here."))'
         )
 
     def description(self) -> dict[str, str]:
@@ -154,7 +170,8 @@ class MaskedLM:
         parameters = sum(param.numel() for param in self.model.parameters())
         return {
             "Model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters",
-            "Objective": "masked language modelling with whole-word masks, and sentence order",
+            "Objective": "masked language modelling with whole-word masks"
+            + ", and sentence order" * self._judges_order,
             "Vocabulary": f"a vocabulary of {config.vocab_size:,} entries",  # type: ignore[union-attr]
             "Data": "; ".join(source.describe() for source in _sources(self.settings)),
         }
@@ -193,25 +210,6 @@ def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> Non
 
 def _sources(settings: Mapping[str, Any]) -> list[Source]:
     return [Source.from_mapping(mapping) for mapping in settings["sources"]]
-
-
-def _read_model_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"The model config {path} cannot be read: {error.strerror}. Set model_config.") from error
-    except ValueError as error:
-        raise UserError(f"The model config {path} is not JSON: {error}. Mend the file.") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f'{path} is no model config: it needs at least "model_type", for example "albert".')
-    if config["model_type"] not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(config["model_type"]), CONFIG_MAPPING, n=3)
-        raise UserError(
-            f"{path}: transformers has no model_type {config['model_type']!r}. Did you mean {' or '.join(near)}?"
-            if near
-            else f'{path}: transformers has no model_type {config["model_type"]!r}. ALBERT\'s is "albert".'
-        )
-    return config
 
 
 def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedTokenizerBase:
