@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,6 +28,8 @@ from tasks.mlm.architecture import (
 from tasks.mlm.batches import BatchStream, Shape, Texts
 from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
+from tasks.mlm.first_weights import FILE as FIRST_WEIGHTS
+from tasks.mlm.first_weights import FirstWeights, StartModel
 from tasks.mlm.heads import MaskedPositions
 from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
@@ -42,6 +44,8 @@ _KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own
 class MaskedLM:
     """The masked LM task. See `tasks.Task` for what each method is for."""
 
+    first_weights: Literal["everywhere", "here", "elsewhere"] = "everywhere"
+
     def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
         self.settings, self.cache_dir = settings, cache_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -51,26 +55,36 @@ class MaskedLM:
         torch.manual_seed(settings["seed"])
         model = make_model(config)
         self.model: torch.nn.Module = model
+        self._start = FirstWeights.of_run(folder)
+        if self._start is not None:
+            self.first_weights = "here" if self._start.load_into(model, cache_dir) else "elsewhere"
         self._predict = MaskedPositions(model)
         self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments(config) else [])]
         self._judges_order = config.model_type in WITH_ORDER
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
-        name, length = settings["model_config"], settings["seq_length"]
-        config = read_config(Path(name))
+        name, length = _model_name(settings), settings["seq_length"]
+        source = StartModel.find(settings["start_from"], cache_dir) if settings["start_from"] else None
+        config = source.config() if source else read_config(Path(name))
         refuse_too_long(length, config, name)  # before a tokenizer is trained
-        tokenizer = _open_tokenizer(settings, cache_dir)
+        tokenizer = _open_tokenizer(settings, cache_dir, source)
         config |= special_ids(config, tokenizer)
         refuse_too_long(length, config, name, tokenizer.pad_token_id)
-        if settings["tokenizer"] is None:
+        if settings["tokenizer"] is None and source is None:
             tokenizer.model_max_length = length  # the model has seen no position beyond
         if not knows_segments(make_config(config)):
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         with tempfile.TemporaryDirectory(prefix="samiti-") as scratch:
             tokenizer.save_pretrained(scratch)
             files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
-            config["vocab_size"] = len(AutoTokenizer.from_pretrained(scratch))
+            entries = len(AutoTokenizer.from_pretrained(scratch))
+            if source:
+                source.refuse_vocabulary(entries, settings["tokenizer"])
+                files[FIRST_WEIGHTS] = source.keep(config, settings["seed"], cache_dir).as_bytes()
+                Path(scratch, FIRST_WEIGHTS).write_bytes(files[FIRST_WEIGHTS])
+            else:
+                config["vocab_size"] = entries
             files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
             Path(scratch, "config.json").write_bytes(files["config.json"])
             _try_once(settings, Path(scratch), cache_dir)
@@ -79,7 +93,7 @@ class MaskedLM:
     @staticmethod
     def refuse_other_files(given: Mapping[str, Any], folder: Path) -> None:
         path = given.get("model_config")
-        if path and Path(path).is_file():
+        if path and Path(path).is_file() and FirstWeights.of_run(folder) is None:  # else it stands for nothing
             here, there = read_config(Path(path)), read_config(folder / "config.json")
             differing = sorted(
                 key
@@ -168,11 +182,13 @@ class MaskedLM:
     def description(self) -> dict[str, str]:
         config = self.model.config
         parameters = sum(param.numel() for param in self.model.parameters())
+        started = {"Started from": self._start.describe()} if self._start else {}
         return {
             "Model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters",
             "Objective": "masked language modelling with whole-word masks"
             + ", and sentence order" * self._judges_order,
             "Vocabulary": f"a vocabulary of {config.vocab_size:,} entries",  # type: ignore[union-attr]
+            **started,
             "Data": "; ".join(source.describe() for source in _sources(self.settings)),
         }
 
@@ -198,12 +214,12 @@ def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> Non
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise UserError(
-            f"No masked language model can be made of {settings['model_config']}: {reason}. Compare it with "
+            f"No masked language model can be made of {_model_name(settings)}: {reason}. Compare it with "
             f"tasks/mlm/models/albert_large.json, or give another model_config."
         ) from error
     if not loss.isfinite():
         raise UserError(
-            f"The model of {settings['model_config']} gives a loss of {loss.item()} before any training. Look at its "
+            f"The model of {_model_name(settings)} gives a loss of {loss.item()} before any training. Look at its "
             f"initializer_range and layer_norm_eps."
         )
 
@@ -212,9 +228,14 @@ def _sources(settings: Mapping[str, Any]) -> list[Source]:
     return [Source.from_mapping(mapping) for mapping in settings["sources"]]
 
 
-def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
-    name = settings["tokenizer"]
+def _model_name(settings: Mapping[str, Any]) -> str:
+    return str(settings["start_from"] or settings["model_config"])
+
+
+def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path, source: StartModel | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name, or that of the model that the run starts from, or one trained from the
+    run's own text, which is kept in `cache_dir`."""
+    name = settings["tokenizer"] or (source and str(source.folder))
     if name is None:
         wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)

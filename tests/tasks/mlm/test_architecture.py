@@ -189,7 +189,7 @@ def test_a_run_trains_it_and_a_plain_pipeline_opens_its_checkpoint(tmp_path, cac
     assert ("order" in task.description()["Objective"]) == (model_type in WITH_ORDER)
 
     task.save_pretrained(tmp_path / "saved")
-    fill = pipeline("fill-mask", str(tmp_path / "saved"))
+    fill: Any = pipeline("fill-mask", str(tmp_path / "saved"))
     assert len(fill(f"The value of {fill.tokenizer.mask_token} is a number.")) == 5
     assert ("token_type_ids" in fill.tokenizer("one")) <= (getattr(task.model.config, "type_vocab_size", 0) > 1)
     assert set(fill.tokenizer(["one", "one and two and three"], padding=True)["attention_mask"][0]) == {0, 1}
@@ -213,7 +213,7 @@ def test_special_ids_are_those_of_the_tokenizer_whatever_the_config_says(
     assert "<mask>" in task.usage(".")
     task.model.eval()
     task.save_pretrained(tmp_path / "saved")
-    fill = pipeline("fill-mask", str(tmp_path / "saved"))
+    fill: Any = pipeline("fill-mask", str(tmp_path / "saved"))
     texts = ["The <mask> is here.", "A much longer sentence, in which this <mask> stands between many other words."]
     alone, together = [fill(text) for text in texts], fill(texts, batch_size=2)
     for one, other in zip(alone, together, strict=True):  # padding changes no prediction
