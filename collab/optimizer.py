@@ -231,6 +231,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     """The verdict on the latest round. With delayed averaging it is the previous step's when a step is made."""
     states_loaded = 0
     """How often this peer took over the state of another one."""
+    has_state = True
+    """Whether this peer's weights are a state of the run, with which it can train and which it can hand out."""
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
     def __init__(
@@ -238,7 +240,6 @@ class SwarmOptimizer(hivemind.Optimizer):
     ) -> None:
         self.guard, self.link, self.quorum, self.failed_round = guard, link, quorum, failed_round
         self.has_state = has_state
-        """Whether this peer's weights are a state of the run, with which it can train and which it can hand out."""
         self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
         self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
@@ -436,8 +437,9 @@ class SwarmOptimizer(hivemind.Optimizer):
                 loaded += self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
                 self._look_who_is_there()
                 behind = self.tracker.global_epoch - self.local_epoch
-                content = self.has_state and behind <= 0 and not self._must_reload
-                if (loaded and behind <= 1) or loaded == 2 or content:
+                if (loaded and behind <= 1) or loaded == 2:
+                    break
+                if behind <= 0 and self.has_state and not self._must_reload:
                     break
             else:
                 if not loaded:
