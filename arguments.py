@@ -91,6 +91,13 @@ class MLMArguments:
     model_config: str = option(
         "tasks/mlm/models/albert_large.json", "JSON file with the model's architecture (transformers' config.json)."
     )
+    start_from: str | None = option(
+        None,
+        "Continue the pre-training of an existing model: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging "
+        "Face Hub (hub:ORG/NAME if a folder has that name). Its config takes the place of model_config, and its "
+        "tokenizer that of a trained one. See docs/models.md.",
+        aliases=["--from"],
+    )
     sources: list[YamlMapping] = option(
         [YamlMapping({"embedded": True})],
         "Where text comes from, a list of mappings: {embedded: true}, {files: 'corpus/*.jsonl.gz', column: text} or "

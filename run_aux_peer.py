@@ -117,6 +117,8 @@ def main() -> None:
         stop.listen()
         if resumed:
             optimizer.load_state_dict(resumed.optimizer_state)
+        elif task.first_weights == "here":
+            optimizer.state_averager.hold_state()  # trainers do not have them
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
         )

@@ -113,6 +113,7 @@ def main() -> None:
             swarm_id=manifest.swarm_id,
             offload_optimizer=mine.offload_optimizer,
             bandwidth=network.bandwidth,
+            has_state=resumed is not None or task.first_weights != "elsewhere",
         )
         stop.listen()
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
@@ -157,6 +158,12 @@ def main() -> None:
             stages.done("text")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
+            if not optimizer.has_state:
+                raise UserError(
+                    f"The run {run_id} begins with the weights of an existing model, which are not on this computer, "
+                    f"and no peer has handed out its state (the reasons are above). Without them this computer would "
+                    f"train from random weights. Try again when the run's auxiliary peer or another trainer answers."
+                )
             if resumed or network.initial_peers:
                 console.line(f"Starting from global step {optimizer.local_epoch}")
             stages.done("state")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,20 +72,24 @@ def save_checkpoint(
         (scratch / CARD).write_text(model_card, encoding="utf-8")
 
 
-def find_checkpoint(name: str, cache_dir: Path) -> Path:
+def find_checkpoint(name: str, cache_dir: Path, files: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
     """The folder of a checkpoint, which is downloaded if need be.
 
-    :param name: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub.
+    :param name: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub; `hub:` before it says that no
+        folder is meant.
     :param cache_dir: where downloads are kept; what lies there already is not downloaded again.
+    :param files: patterns of what is downloaded.
     :raises UserError: it is neither.
     """
-    if Path(name).exists() or not HUB_NAME.fullmatch(name):
+    on_hub = name.removeprefix("hub:")
+    if on_hub == name and (Path(name).exists() or not HUB_NAME.fullmatch(name)):
         return Path(name)
-    repo_id, _, revision = name.partition("@")
+    repo_id, _, revision = on_hub.partition("@")
     try:
-        files = ["*.json", "*.safetensors"]
         return Path(
-            snapshot_download(repo_id, revision=revision or None, cache_dir=cache_dir / "hub", allow_patterns=files)
+            snapshot_download(
+                repo_id, revision=revision or None, cache_dir=cache_dir / "hub", allow_patterns=list(files)
+            )
         )
     except Exception as error:
         raise UserError(

@@ -241,10 +241,15 @@ class SwarmOptimizer(hivemind.Optimizer):
     """The verdict on the latest round. With delayed averaging it is the previous step's when a step is made."""
     states_loaded = 0
     """How often this peer took over the state of another one."""
+    has_state = True
+    """Whether this peer's weights are a state of the run, with which it can train and which it can hand out."""
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
-    def __init__(self, *, guard: StepGuard, link: Link, quorum: float, failed_round: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *, guard: StepGuard, link: Link, quorum: float, failed_round: str, has_state: bool = True, **kwargs: Any
+    ) -> None:
         self.guard, self.link, self.quorum, self.failed_round = guard, link, quorum, failed_round
+        self.has_state = has_state
         self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
         self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
@@ -442,7 +447,9 @@ class SwarmOptimizer(hivemind.Optimizer):
                 loaded += self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
                 self._look_who_is_there()
                 behind = self.tracker.global_epoch - self.local_epoch
-                if (loaded and behind <= 1) or loaded == 2 or (behind <= 0 and not self._must_reload):
+                if (loaded and behind <= 1) or loaded == 2:
+                    break
+                if behind <= 0 and self.has_state and not self._must_reload:
                     break
             else:
                 if not loaded:
@@ -456,9 +463,10 @@ class SwarmOptimizer(hivemind.Optimizer):
                 self.state_averager._update_scheduler()
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
             self.grad_averager.reset_accumulated_grads_()
+            self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
                 self.state_averager.hold_state()
-            elif not self.auxiliary and not self.client_mode:
+            elif self.has_state and not self.auxiliary and not self.client_mode:
                 self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
         self._must_reload = False
@@ -479,7 +487,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         """Take over the optimizer's state and the global step from a checkpoint."""
         super().load_state_dict(state_dict)
         self.state_averager._update_scheduler()
-        self._has_checkpoint = True
+        self._has_checkpoint = self.has_state = True
         if self.auxiliary:
             self.state_averager.hold_state()
         elif not self.client_mode:
@@ -558,6 +566,7 @@ def make_optimizer(
     offload_optimizer: bool = False,
     bandwidth: float | None = None,
     auxiliary: bool = False,
+    has_state: bool = True,
 ) -> SwarmOptimizer:
     """Build the optimizer that a run's settings describe.
 
@@ -570,6 +579,8 @@ def make_optimizer(
     :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: what `use_measured_bandwidth` is told
       later, and until then as much as the others usually have.
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
+    :param has_state: False if the model's weights mean nothing yet: they are handed to nobody, and
+      `load_state_from_peers` has to replace them before the first step.
     """
     for group in param_groups:
         for param in group["params"]:
@@ -603,6 +614,7 @@ def make_optimizer(
         link=Link(bandwidth),
         quorum=settings["quorum"],
         failed_round=settings["failed_round"],
+        has_state=has_state,
         dht=peer.dht,
         run_id=swarm_id,
         params=list(param_groups),
@@ -628,7 +640,7 @@ def make_optimizer(
             lag=int(settings["delay_grad_averaging"]),
             **averager_options,
         ),
-        averager_opts=dict(averager_options, lag=1),
+        averager_opts=dict(averager_options, lag=1, allow_state_sharing=None if has_state else False),
         tracker_opts=dict(
             metadata_expiration=settings["metadata_expiration"],
             private_key=peer.private_key,

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -41,6 +41,10 @@ class Task(Protocol):
     model: torch.nn.Module
     settings: Mapping[str, Any]
     """The agreed arguments. The organizer can change some while the run goes on; `batches` is called anew then."""
+
+    first_weights: Literal["everywhere", "here", "elsewhere"]
+    """Who has the weights that the run begins with: every peer, because they follow from the seed; this peer, which
+    hands them to the others; or only others, so that this peer takes over their state before it trains."""
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:

@@ -65,6 +65,7 @@ class BatchStream:
     :param open_texts: the documents, from the beginning or from a state of theirs
     :param clean: what documents go through first
     :param shape: the shape of the next batch; asked for each of them
+    :param parted: whether instances are pairs of segments (see `make_instances`)
     :param seed: of everything that is drawn, with the number of the pool or of the batch
     :param state: of an earlier stream, to go on where it was: no document is read a second time and none left out. It
       reads the documents of the pool that was under way again, a second's work
@@ -78,9 +79,11 @@ class BatchStream:
         clean: Callable[[str], str] = str,
         shape: Callable[[], Shape],
         mask_probability: float,
+        parted: bool = True,
         seed: str,
         state: State | None = None,
     ) -> None:
+        self._parted = parted
         self._encoder, self._shape, self._mask_probability, self._seed = encoder, shape, mask_probability, seed
         self._state: State = {"texts": None, "documents": 0, "pools": 0, "batches": 0, "taken": []}
         if state is not None and not _is_state(state):
@@ -155,7 +158,8 @@ class BatchStream:
     def _make_plan(self, shape: Shape, ranges: Sequence[tuple[int, int]]) -> None:
         """Cut what is left of the pool into batches of this shape."""
         rng = self._rng("plan", self._state["pools"], len(self._state["taken"]))
-        self._plan = plan(make_instances(self._pool, ranges, shape.seq_length, rng), shape.positions, rng)
+        instances = make_instances(self._pool, ranges, shape.seq_length, rng, parted=self._parted)
+        self._plan = plan(instances, shape.positions, rng)
         self._planned, self._planned_for = len(self._plan), shape
         self._note(taken=[*self._state["taken"], [*astuple(shape), 0]])
 

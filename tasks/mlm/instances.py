@@ -1,4 +1,4 @@
-"""From documents to training instances: ALBERT's pairs of consecutive segments, half of them swapped.
+"""From documents to training instances: ALBERT's pairs of consecutive segments, half of them swapped, or whole ones.
 
 Instances are rows of a table that point into the tokens of some hundred documents, the pool. Nothing is copied before a
 batch is made of them, and all of it is done for many instances at once: what costs a microsecond for each document or
@@ -71,8 +71,8 @@ class Instances:
     """Training examples before masking: int64 [instances] each, positions in the tokens of a pool.
 
     An instance is [CLS] A [SEP] B [SEP], with A from `start` to `middle` and B from there to `stop`, or the other way
-    round where `order` is SWAPPED; or [CLS] A [SEP] for a text of one word, where `middle` is `stop` and `order` is
-    NO_ORDER.
+    round where `order` is SWAPPED; or [CLS] A [SEP] for a text of one word or where nothing is parted: `middle` is
+    `stop` then, and `order` is NO_ORDER.
     """
 
     start: np.ndarray
@@ -93,7 +93,7 @@ class Instances:
 
 
 def make_instances(
-    pool: Pool, ranges: Sequence[tuple[int, int]], seq_length: int, rng: np.random.Generator
+    pool: Pool, ranges: Sequence[tuple[int, int]], seq_length: int, rng: np.random.Generator, *, parted: bool = True
 ) -> Instances:
     """Pack sentences into pairs of segments (ALBERT, Lan et al. 2019, section 3.1).
 
@@ -105,11 +105,15 @@ def make_instances(
     :param ranges: of the pool's tokens, each within one document; whole documents are `pool.ranges()`
     :param seq_length: tokens in the longest instance, special ones included; at least SHORTEST
     :param rng: decides about lengths, parting points and swaps
+    :param parted: False for models that judge no order (RoBERTa, Liu et al. 2019, section 4.2): [CLS] A [SEP] each
     """
     if seq_length < SHORTEST:
         raise ValueError(f"seq_length is {seq_length}; two segments of more than a word need at least {SHORTEST}")
-    cuts = np.array(_pack(pool, ranges, seq_length - SPECIAL, rng), dtype=np.int64).reshape(-1, 2)
+    special = SPECIAL if parted else SPECIAL - 1
+    cuts = np.array(_pack(pool, ranges, seq_length - special, rng), dtype=np.int64).reshape(-1, 2)
     start, stop = cuts[:, 0], cuts[:, 1]
+    if not parted:
+        return Instances(start, stop, stop, np.full(len(cuts), NO_ORDER))
     # Where to part: after a sentence inside; if there is none, before a word inside; if there is none, nowhere.
     draw = rng.random(len(cuts))
     sentence, word = (_choose_between(points, start, stop, draw) for points in (pool.sentence_ends, pool.word_starts))

@@ -1,6 +1,5 @@
-"""Masked language modelling with sentence order, as ALBERT is trained (Lan et al. 2019)."""
+"""Masked language modelling, with sentence order where the model judges it, as ALBERT is trained (Lan et al. 2019)."""
 
-import difflib
 import json
 import logging
 import tempfile
@@ -8,17 +7,29 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from collab.errors import UserError
+from tasks.mlm.architecture import (
+    SPECIAL_IDS,
+    WITH_ORDER,
+    knows_segments,
+    make_config,
+    make_model,
+    read_config,
+    refuse_too_long,
+    special_ids,
+)
 from tasks.mlm.batches import BatchStream, Shape, Texts
 from tasks.mlm.cleaning import make_cleaner
 from tasks.mlm.encoder import open_encoder
+from tasks.mlm.first_weights import FILE as FIRST_WEIGHTS
+from tasks.mlm.first_weights import FirstWeights, StartModel
 from tasks.mlm.heads import MaskedPositions, fuse_activations
 from tasks.mlm.instances import NO_ORDER
 from tasks.mlm.masking import IGNORED
@@ -34,6 +45,8 @@ _KEEP_OUT = "Leave it out, and you get the run's own; or start a run of your own
 class MaskedLM:
     """The masked LM task. See `tasks.Task` for what each method is for."""
 
+    first_weights: Literal["everywhere", "here", "elsewhere"] = "everywhere"
+
     def __init__(self, settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> None:
         self.settings, self.cache_dir = settings, cache_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
@@ -41,25 +54,39 @@ class MaskedLM:
         config = AutoConfig.from_pretrained(folder)
         # Every peer starts from the same weights, also when several start at once and none has a state to hand out.
         torch.manual_seed(settings["seed"])
-        self.model: torch.nn.Module = AutoModelForPreTraining.from_config(config)
-        fuse_activations(self.model)
-        self._predict = MaskedPositions(self.model)
-        knows_segments = getattr(config, "type_vocab_size", 0) > 1
-        self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments else [])]
+        model = make_model(config)
+        self.model: torch.nn.Module = model
+        self._start = FirstWeights.of_run(folder)
+        if self._start is not None:
+            self.first_weights = "here" if self._start.load_into(model, cache_dir) else "elsewhere"
+        fuse_activations(model)
+        self._predict = MaskedPositions(model)
+        self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments(config) else [])]
+        self._judges_order = config.model_type in WITH_ORDER
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
-        config = _read_model_config(Path(settings["model_config"]))
-        positions = config.get("max_position_embeddings", settings["seq_length"])
-        if settings["seq_length"] > positions:
-            raise UserError(
-                f"seq_length is {settings['seq_length']}, but the model in {settings['model_config']} has "
-                f"{positions} positions. Lower seq_length or raise max_position_embeddings."
-            )
+        name, length = _model_name(settings), settings["seq_length"]
+        source = StartModel.find(settings["start_from"], cache_dir) if settings["start_from"] else None
+        config = source.config() if source else read_config(Path(name))
+        refuse_too_long(length, config, name)  # before a tokenizer is trained
+        tokenizer = _open_tokenizer(settings, cache_dir, source)
+        config |= special_ids(config, tokenizer)
+        refuse_too_long(length, config, name, tokenizer.pad_token_id)
+        if settings["tokenizer"] is None and source is None:
+            tokenizer.model_max_length = length  # the model has seen no position beyond
+        if not knows_segments(make_config(config)):
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         with tempfile.TemporaryDirectory(prefix="samiti-") as scratch:
-            _open_tokenizer(settings, cache_dir).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
             files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
-            config["vocab_size"] = len(AutoTokenizer.from_pretrained(scratch))
+            entries = len(AutoTokenizer.from_pretrained(scratch))
+            if source:
+                source.refuse_vocabulary(entries, settings["tokenizer"])
+                files[FIRST_WEIGHTS] = source.keep(config, settings["seed"], cache_dir).as_bytes()
+                Path(scratch, FIRST_WEIGHTS).write_bytes(files[FIRST_WEIGHTS])
+            else:
+                config["vocab_size"] = entries
             files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
             Path(scratch, "config.json").write_bytes(files["config.json"])
             _try_once(settings, Path(scratch), cache_dir)
@@ -68,10 +95,12 @@ class MaskedLM:
     @staticmethod
     def refuse_other_files(given: Mapping[str, Any], folder: Path) -> None:
         path = given.get("model_config")
-        if path and Path(path).is_file():
-            here, there = _read_model_config(Path(path)), _read_model_config(folder / "config.json")
+        if path and Path(path).is_file() and FirstWeights.of_run(folder) is None:  # else it stands for nothing
+            here, there = read_config(Path(path)), read_config(folder / "config.json")
             differing = sorted(
-                key for key in here.keys() | there.keys() if key != "vocab_size" and here.get(key) != there.get(key)
+                key
+                for key in here.keys() | there.keys()
+                if key not in ("vocab_size", *SPECIAL_IDS) and here.get(key) != there.get(key)
             )
             if differing:  # the number of ALBERT's layers changes no shape: nobody would notice
                 what = "; ".join(f"{key} = {here.get(key)}, but this run uses {there.get(key)}" for key in differing)
@@ -110,6 +139,7 @@ class MaskedLM:
             clean=make_cleaner(settings["cleaning"]),
             shape=lambda: Shape(micro_batch_size() * longest, length_at(step(), settings)),
             mask_probability=settings["mask_probability"],
+            parted=self._judges_order,
             seed=f"{settings['seed']} {place}",
             state=state,
         )
@@ -152,16 +182,19 @@ class MaskedLM:
         return (
             "from transformers import pipeline\n\n"
             f'fill = pipeline("fill-mask", "{name}")\n'
-            'print(fill("The word that was [MASK] here."))'
+            f'print(fill("The word that was {self.tokenizer.mask_token} here."))'
         )
 
     def description(self) -> dict[str, str]:
         config = self.model.config
         parameters = sum(param.numel() for param in self.model.parameters())
+        started = {"Started from": self._start.describe()} if self._start else {}
         return {
             "Model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters",
-            "Objective": "masked language modelling with whole-word masks, and sentence order",
+            "Objective": "masked language modelling with whole-word masks"
+            + ", and sentence order" * self._judges_order,
             "Vocabulary": f"a vocabulary of {config.vocab_size:,} entries",  # type: ignore[union-attr]
+            **started,
             "Data": "; ".join(source.describe() for source in _sources(self.settings)),
         }
 
@@ -187,12 +220,12 @@ def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> Non
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise UserError(
-            f"No masked language model can be made of {settings['model_config']}: {reason}. Compare it with "
+            f"No masked language model can be made of {_model_name(settings)}: {reason}. Compare it with "
             f"tasks/mlm/models/albert_large.json, or give another model_config."
         ) from error
     if not loss.isfinite():
         raise UserError(
-            f"The model of {settings['model_config']} gives a loss of {loss.item()} before any training. Look at its "
+            f"The model of {_model_name(settings)} gives a loss of {loss.item()} before any training. Look at its "
             f"initializer_range and layer_norm_eps."
         )
 
@@ -201,28 +234,14 @@ def _sources(settings: Mapping[str, Any]) -> list[Source]:
     return [Source.from_mapping(mapping) for mapping in settings["sources"]]
 
 
-def _read_model_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"The model config {path} cannot be read: {error.strerror}. Set model_config.") from error
-    except ValueError as error:
-        raise UserError(f"The model config {path} is not JSON: {error}. Mend the file.") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f'{path} is no model config: it needs at least "model_type", for example "albert".')
-    if config["model_type"] not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(config["model_type"]), CONFIG_MAPPING, n=3)
-        raise UserError(
-            f"{path}: transformers has no model_type {config['model_type']!r}. Did you mean {' or '.join(near)}?"
-            if near
-            else f'{path}: transformers has no model_type {config["model_type"]!r}. ALBERT\'s is "albert".'
-        )
-    return config
+def _model_name(settings: Mapping[str, Any]) -> str:
+    return str(settings["start_from"] or settings["model_config"])
 
 
-def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name, or one trained from the run's own text, kept in `cache_dir`."""
-    name = settings["tokenizer"]
+def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path, source: StartModel | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name, or that of the model that the run starts from, or one trained from the
+    run's own text, which is kept in `cache_dir`."""
+    name = settings["tokenizer"] or (source and str(source.folder))
     if name is None:
         wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)

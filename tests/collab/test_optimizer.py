@@ -533,6 +533,26 @@ def test_taking_over_a_state_that_cannot_be_had_comes_to_an_end(monkeypatch, cls
     assert len(tried) == attempts
 
 
+@pytest.mark.parametrize("has_state", [True, False])
+def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_one(monkeypatch, has_state) -> None:
+    monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
+    download = Calls(False)
+    state = SimpleNamespace(
+        step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, state_sharing_priority=0
+    )
+    state.optimizer = SimpleNamespace(state={})
+    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=0, report_local_progress=Calls())
+    optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, has_state=has_state)
+    optimizer._must_reload, optimizer._look_who_is_there = False, Calls()
+    optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
+    assert optimizer.load_state_from_peers() is False
+    assert download.number == (1 if has_state else 3)
+    assert state.allow_state_sharing is has_state is optimizer.has_state
+    download.answer = True
+    assert optimizer.load_state_from_peers() is True
+    assert state.allow_state_sharing and optimizer.has_state
+
+
 def test_nobodys_gradients_are_downloaded_with_the_state() -> None:
     """A newcomer has no use for them. Stock hivemind fetches as many bytes again."""
     for cls, downloads in ((hivemind.Optimizer, 1), (SwarmOptimizer, 0)):

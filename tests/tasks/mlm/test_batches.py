@@ -54,10 +54,17 @@ def stream(encoder: Encoder, corpus: list[str]) -> Callable[..., BatchStream]:
         shape: Callable[[], Shape] = lambda: SHAPE,
         state: dict[str, Any] | None = None,
         seed: str = "ours",
+        parted: bool = True,
     ) -> BatchStream:
         state = None if state is None else json.loads(json.dumps(state))
         return BatchStream(
-            lambda state: Texts(documents, state), encoder, shape=shape, mask_probability=0.15, seed=seed, state=state
+            lambda state: Texts(documents, state),
+            encoder,
+            shape=shape,
+            mask_probability=0.15,
+            parted=parted,
+            seed=seed,
+            state=state,
         )
 
     return stream
@@ -183,14 +190,24 @@ def test_a_change_of_shape_counts_from_the_next_batch_and_loses_nothing(stream, 
     assert tokens_of(taken, encoder) == Counter(encoder.encode(sentences)[0].tolist())
 
 
+@pytest.mark.parametrize("parted", [True, False], ids=["pairs", "whole"])
 @pytest.mark.parametrize("taken", [2, 3, 5, 9])
-def test_who_comes_back_after_changes_goes_on_as_well(stream, taken):
+def test_who_comes_back_after_changes_goes_on_as_well(stream, taken, parted):
     shapes = [*[Shape(1024, 64)] * 3, *[Shape(256, 32)] * 4, *[Shape(512, 48)] * 50]
-    whole = take(stream(shape=changing(*shapes)), 40)
-    first = stream(shape=changing(*shapes))
+    whole = take(stream(shape=changing(*shapes), parted=parted), 40)
+    first = stream(shape=changing(*shapes), parted=parted)
     before = take(first, taken)
-    after = take(stream(shape=changing(*shapes[taken:]), state=first.state_dict()), 40 - taken)
+    after = take(stream(shape=changing(*shapes[taken:]), state=first.state_dict(), parted=parted), 40 - taken)
     assert same(whole, before + after)
+
+
+def test_without_pairs_a_batch_has_plain_text(stream, encoder):
+    for batch in take(stream(parted=False), 20):
+        assert (batch["sentence_order_label"] < 0).all() and not batch["token_type_ids"].any()
+        ends = batch["attention_mask"].sum(1) - 1
+        is_separator = (batch["input_ids"] == encoder.sep_id) & (batch["labels"] < 0)
+        assert (is_separator.sum(1) == 1).all()
+        assert (batch["input_ids"].gather(1, ends[:, None]) == encoder.sep_id).all()
 
 
 def test_one_long_instance_is_a_batch_whatever_the_budget(stream):

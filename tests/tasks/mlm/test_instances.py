@@ -25,9 +25,11 @@ def encoder(tokenizer_folder: Path) -> Encoder:
     return open_encoder(tokenizer_folder)
 
 
-def made(documents: str | list[str], encoder: Encoder, seq_length: int = 64, seed: int = 0) -> tuple[Pool, Instances]:
+def made(
+    documents: str | list[str], encoder: Encoder, seq_length: int = 64, seed: int = 0, parted: bool = True
+) -> tuple[Pool, Instances]:
     pool = Pool.of([documents] if isinstance(documents, str) else documents, encoder)
-    return pool, make_instances(pool, pool.ranges(), seq_length, np.random.default_rng(seed))
+    return pool, make_instances(pool, pool.ranges(), seq_length, np.random.default_rng(seed), parted=parted)
 
 
 def segments(pool: Pool, instances: Instances) -> Iterator[list[list[int]]]:
@@ -45,11 +47,11 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 WORDS = st.sampled_from(["river", "of", "x" * 60, "নদী", "日本語", "[MASK]", "[SEP]", "a.b", "!", "?", ".", "\n", "।"])
 
 
-@given(st.lists(st.lists(WORDS, max_size=60), max_size=5), st.integers(16, 80), st.integers(0, 99))
+@given(st.lists(st.lists(WORDS, max_size=60), max_size=5), st.integers(16, 80), st.integers(0, 99), st.booleans())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_every_token_is_in_one_instance_and_documents_are_not_mixed(encoder, documents, seq_length, seed):
+def test_every_token_is_in_one_instance_and_documents_are_not_mixed(encoder, documents, seq_length, seed, parted):
     texts = [" ".join(words) for words in documents]
-    pool, built = made(texts, encoder, seq_length, seed)
+    pool, built = made(texts, encoder, seq_length, seed, parted)
     assert (built.lengths <= seq_length).all()
     pieces = sorted(zip(built.start.tolist(), built.stop.tolist(), strict=True))
     assert [start for start, _ in pieces] + [len(pool.ids)] == [0] + [stop for _, stop in pieces] or not len(pool.ids)
@@ -109,6 +111,15 @@ def test_one_sentence_is_parted_between_words(encoder, tokenizer):
         assert built.order.item() in (IN_ORDER, SWAPPED)
         for part in parts:
             assert tokenizer.convert_ids_to_tokens(part)[0].startswith("▁")
+
+
+def test_what_is_not_parted_is_one_segment_and_longer_by_a_token(encoder, corpus):
+    pool, built = made(corpus[:200], encoder, 128, parted=False)
+    assert set(built.order.tolist()) == {NO_ORDER} and (built.middle == built.stop).all()
+    assert (built.lengths == built.stop - built.start + 2).all()
+    assert (built.stop - built.start).max() == 126  # a pair has 125: one [SEP] more
+    assert 96 < built.lengths.mean() <= built.lengths.max() == 128
+    assert len(list(segments(pool, built))) == len(built)
 
 
 def test_one_word_has_no_order(encoder):
