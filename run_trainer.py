@@ -24,7 +24,14 @@ from arguments import (
 from collab.agreement import sketch
 from collab.bandwidth import measure_in_background, serve_bandwidth
 from collab.changes import ChangeWatch, in_words
-from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from collab.console import Console, Stages, show_log
 from collab.contributions import counted_by_organizer
 from collab.device import pick_device, pick_precision
@@ -107,6 +114,7 @@ def main() -> None:
             swarm_id=manifest.swarm_id,
             offload_optimizer=mine.offload_optimizer,
             bandwidth=network.bandwidth,
+            snapshot_folder=cache_dir / "snapshots",
         )
         stop.listen()
         # Losses are scaled for float16 only; gradients are unscaled before hivemind adds them up.
@@ -133,6 +141,8 @@ def main() -> None:
         try:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
+                optimizer.spikes.load_state_dict(resumed.trainer_state.get("losses"))
+                set_random_state(resumed.trainer_state.get("random"))
             micro_batch = MicroBatch(mine.micro_batch_size)
             if mine.micro_batch_size == 0:  # before the state is taken over, which would be old afterwards
                 tuned = tune_micro_batch(
@@ -161,6 +171,7 @@ def main() -> None:
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
+            random = random_state()
             while not stop and step < settings["max_global_steps"]:
                 if (wanted := changes.manifest.settings_at(step)) != settings:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
@@ -184,9 +195,11 @@ def main() -> None:
                 if gradients_are_finite(task.model):
                     loss_sum += loss.item() * size_of(batch)
                     samples += size_of(batch)
+                    optimizer.spikes.add(loss.item(), size_of(batch))
                     optimizer.step(batch_size=size_of(batch))
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
+                    optimizer.drop()
                     if skipped & (skipped - 1) == 0:  # at 1, 2, 4, 8, ... of them
                         console.line(f"{skipped} micro-batches with a NaN or infinite gradient were dropped so far")
                 if scaler.is_enabled():
@@ -234,6 +247,7 @@ def main() -> None:
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
                 console.line(record.as_line(settings["max_global_steps"]))
                 place.save(batches.state_dict())
+                random = random_state()
                 lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
                 if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
@@ -242,13 +256,13 @@ def main() -> None:
                     if strayed:
                         optimizer.reload("this peer's model is another one than most have")
 
-            # ---- leave
-            place.save(batches.state_dict())
+            # ---- leave: what was begun of the next global step comes again, with the same masks and dropout
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
-                state = {"run_id": run_id, "global_step": step, "samples": samples_total, "place": place.record}
+                state = {"run_id": run_id, "global_step": step, "samples": samples_total}
+                state |= {"place": place.record, "random": random, "losses": optimizer.spikes.state_dict()}
                 save_checkpoint(
                     Path(mine.save_dir),
                     save_pretrained=task.save_pretrained,

@@ -45,6 +45,8 @@ SETTINGS: dict[str, Any] = {
     "min_vector_size": 0,
     "quorum": 0.5,
     "failed_round": "retry",
+    "rollback_after": 0,
+    "snapshot_every": 50,
     "delay_optimizer_step": False,
     "delay_grad_averaging": False,
     "delay_state_averaging": False,
