@@ -173,10 +173,10 @@ def test_what_strangers_say_neither_breaks_nor_decides_anything(lies: list[Any])
 # ---- what is kept to go back to ----------------------------------------------------------------------------------
 
 
-def trained(kind: type[torch.optim.Optimizer], steps: int) -> torch.optim.Optimizer:
+def trained(kind: Any, steps: int) -> torch.optim.Optimizer:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(size)) for size in ((4, 3), (5,), ())]
-    inner = kind([{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}], lr=0.01)
+    inner: torch.optim.Optimizer = kind([{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}], lr=0.01)
     train(inner, steps)
     return inner
 
