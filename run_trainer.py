@@ -39,7 +39,7 @@ from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
-from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
+from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
@@ -232,7 +232,7 @@ def main() -> None:
                     peer_id=peer.peer_id,
                     version=CODE_VERSION,
                     step=step,
-                    loss=loss_sum / samples if samples else 0.0,
+                    loss=min(loss_sum / samples, MAX_LOSS) if samples else 0.0,
                     samples=samples,
                     samples_total=samples_total,
                     samples_per_second=float(optimizer.tracker.performance_ema.samples_per_second),
@@ -254,7 +254,7 @@ def main() -> None:
                     strayed = watch.has_strayed(step, record.sketch)
                     optimizer.state_averager.doubtful = watch.doubtful
                     if strayed:
-                        optimizer.reload("this peer's model is another one than most have")
+                        optimizer.reload("this peer's model is another one than most have", astray=True)
 
             # ---- leave: what was begun of the next global step comes again, with the same masks and dropout
             if step >= settings["max_global_steps"]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import sys
 import threading
 import time
 import warnings
@@ -89,17 +90,13 @@ class StepGuard:
 
     def __init__(self, max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
-        self.hold_next = 0
-        """So many of the next steps will pass without effect."""
+        self.hold_next = False
+        """Set it to let the next step pass without effect."""
         self.held = 0
         """Steps that were held back."""
         self.grad_norm = 0.0
         """Norm of the latest gradient, before clipping; -1 if it was not finite."""
         self._set_aside: list[torch.Tensor | None] = []
-
-    def hold(self, steps: int = 1) -> None:
-        """Let the next `steps` steps pass without effect."""
-        self.hold_next = max(self.hold_next, steps)
 
     def attach(self, inner: torch.optim.Optimizer) -> None:
         """Guard every step of `inner` from now on."""
@@ -120,7 +117,7 @@ class StepGuard:
     def _after(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         for param, gradient in zip(_params(inner), self._set_aside, strict=False):
             param.grad = gradient
-        self._set_aside, self.hold_next = [], max(0, self.hold_next - 1)
+        self._set_aside, self.hold_next = [], False
 
 
 class _PacedEvent(threading.Event):
@@ -245,6 +242,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     """How often this peer took over the state of another one."""
     went_back_to: int | None = None
     """The global step to whose weights the swarm has gone back since this peer took over a state, if it has."""
+    _agreed_step: int | None = None  # to go back to, at the next opportunity
+    average_state_every: int
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
     def __init__(
@@ -316,6 +315,8 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
+        if self._agreed_step is not None:  # in the round before, which was averaged in the background
+            self._give_up_round_and_go_back(self._agreed_step)
         if self.tracker.global_progress.num_peers <= 1:
             self._look_who_is_there()  # who came since the tracker looked last would be left behind
         self._expected = max(1, self.tracker.global_progress.num_peers)
@@ -366,7 +367,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         elif self.spikes.wants_back and self._expected > 1:
             self.reload("the others may have gone back to earlier weights in a round that was lost here")
         elif self.failed_round == "skip":
-            self.guard.hold()
+            self.guard.hold_next = True
         reason = "" if self._expected == 1 else str(failure) or type(failure).__name__
         if reason:
             level = logging.DEBUG if self.auxiliary else logging.WARNING
@@ -374,7 +375,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._report(tally, reason, left_behind)
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
-        super()._update_global_epoch(grad_scaler)
+        average_state_every = self.average_state_every  # `_go_back` can put it off
+        try:
+            super()._update_global_epoch(grad_scaler)
+        finally:
+            self.average_state_every = average_state_every
         if self.auxiliary:
             return
         step, snapshots = self.local_epoch, self.snapshots
@@ -395,31 +400,35 @@ class SwarmOptimizer(hivemind.Optimizer):
         return [step for step in kept if step + self.spikes.patience <= self.spikes.healthy_until]
 
     def _follow_wishes(self, wishes: Sequence[object]) -> None:
-        step = step_to_go_back_to(wishes, before=self._round_step)
-        if step is None:
-            return
-        if not self.auxiliary:
-            # With a delayed optimizer step, the next gradient too is one of the weights that are left now.
-            self.guard.hold(2 if self.delay_optimizer_step else 1)
-            if not self.delay_grad_averaging:  # else this is in the background already
-                self.state_averager.step(wait_for_delayed_updates=True)
-        self._go_back(step, now=self._round_step)
+        self._agreed_step = step_to_go_back_to(wishes, before=self._round_step)
+        if self._agreed_step is not None and not self.delay_grad_averaging:
+            self._give_up_round_and_go_back(self._agreed_step)
 
-    def _go_back(self, step: int, now: int) -> None:
+    def _give_up_round_and_go_back(self, step: int) -> None:
+        self.guard.hold_next = True  # the gradient is one of the weights that are left now
+        self.average_state_every = sys.maxsize  # not with those who have not got their new weights yet
+        self._agreed_step = None
+        self._go_back(step)
+
+    def _go_back(self, step: int) -> None:
         """Return to the weights and the optimizer's state of an earlier global step.
 
         The number of global steps, the schedule and the place in the data go on (as in PaLM, Chowdhery et al. 2022,
         section 5.1: an earlier checkpoint with other batches). Who does not keep that state takes over another peer's.
         """
-        averager, self.went_back_to = self.state_averager, step
+        averager, now = self.state_averager, self._round_step
+        self.went_back_to = step
         averager.went_back_at = averager.not_before = now
         if self.auxiliary:
             if averager.held_step is not None and averager.held_step > step:
                 averager.allow_state_sharing = False  # until the next checkpoint
             return
         self.spikes.went_back()
+        averager.step(wait_for_delayed_updates=True)
         with averager.get_tensors():  # nobody downloads half of it
             found = self.snapshots is not None and self.snapshots.restore(step, self.opt)
+        if self.offload_optimizer:
+            averager._apply_optimizer_parameters_()
         if self.snapshots is not None:
             self.snapshots.forget(after=step)
         if found:
@@ -441,10 +450,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self._should_load_state_from_peers():
             self.load_state_from_peers()
         elif self.spikes.drop() and (good := self._good_snapshots()):
-            self.state_averager.step(wait_for_delayed_updates=True)
-            self._go_back(max(good), now=self.local_epoch)
-            if self.offload_optimizer:
-                self.state_averager._apply_optimizer_parameters_()
+            self._round_step = self.local_epoch + 1
+            self._go_back(max(good))
             self.grad_averager.reset_accumulated_grads_()
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
 
@@ -484,11 +491,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.tracker.global_progress = progress
         self._expected = max(1, progress.num_peers)
 
-    def reload(self, why: str) -> None:
+    def reload(self, why: str, astray: bool = False) -> None:
         """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before.
 
         :param why: for the console.
+        :param astray: this peer's weights are not those of the others, and nor may be those that it keeps on disk.
         """
+        if astray and self.snapshots is not None:
+            self.snapshots.forget()
         logger.warning("Taking over the state of the others: %s", why)
         self._must_reload = True
         if not self.client_mode:
@@ -496,7 +506,7 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _leave_the_step_to_the_others(self) -> None:
         self.reload(f"round {self._round_step} was made without this peer")
-        self.guard.hold()
+        self.guard.hold_next = True
 
     def _report(self, tally: RoundTally | None, reason: str, left_behind: bool = False) -> None:
         seconds = time.monotonic() - self._round_began
@@ -562,8 +572,6 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.spikes.took_over()
         if loaded:
             self.went_back_to = None
-            if self.snapshots is not None:
-                self.snapshots.forget()  # they may be of weights that went astray
         self.share_state_memory()
         return bool(loaded)
 

@@ -118,7 +118,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bad: float) -> 
 def test_a_step_can_be_held_back_once() -> None:
     guard, param, optimizer = guarded()
     before = param.detach().clone()
-    guard.hold()
+    guard.hold_next = True
     optimizer.step()
     assert torch.equal(param, before)
     optimizer.step()

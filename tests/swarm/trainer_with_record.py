@@ -17,7 +17,7 @@ def publish_and_append(peer: Peer, run_id: str, record: PeerRecord, **options: A
         file.write(json.dumps(record.dict()) + "\n")
 
 
-run_trainer.publish_record = publish_and_append  # type: ignore[attr-defined]
+run_trainer.publish_record = publish_and_append  # type: ignore[assignment]
 
 if __name__ == "__main__":
     run_program(run_trainer.main)
