@@ -400,6 +400,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         return [step for step in kept if step + self.spikes.patience <= self.spikes.healthy_until]
 
     def _follow_wishes(self, wishes: Sequence[object]) -> None:
+        if self.state_averager.went_back_at == self._round_step:
+            return  # with delayed averaging, these wishes are from before
         self._agreed_step = step_to_go_back_to(wishes, before=self._round_step)
         if self._agreed_step is not None and not self.delay_grad_averaging:
             self._give_up_round_and_go_back(self._agreed_step)
