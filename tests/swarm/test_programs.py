@@ -75,7 +75,7 @@ def test_a_swarm_resumes_from_a_checkpoint_at_the_same_step_with_the_same_weight
 
 
 def test_a_run_without_an_auxiliary_peer_starts_at_its_first_trainer(swarm: Swarm) -> None:
-    config = swarm.configure(max_global_steps=4, averaging_timeout=5)
+    config = swarm.configure(max_global_steps=8, averaging_timeout=5)
     first = swarm.start("first", "run_trainer.py", "--config", str(config), "--public_name", "first")
     first.wait_for_output("Others join with")
     address = first.output().split("--initial_peers ")[1].split()[0]
