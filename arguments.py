@@ -240,6 +240,16 @@ class SwarmArguments:
         "What a peer does after a failed round: try again until averaging_timeout, then step with its own gradient; do "
         "that at once (local); or let the step pass (skip).",
     )
+    rollback_after: int = option(
+        10,
+        "When the loss of most peers has been far above what it was, for this many global steps in a row, all go back "
+        "to the weights before the jump, and on with new batches. 0: never.",
+    )
+    snapshot_every: int = option(
+        50,
+        "Global steps from one copy of weights and optimizer to the next; each trainer keeps two of them on its disk "
+        "(in --cache_dir, 12 bytes per parameter), to go back to.",
+    )
     delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
     delay_grad_averaging: bool = option(
         False, "Average gradients in the background as well; needs delay_optimizer_step."
@@ -257,6 +267,16 @@ class SwarmArguments:
         require(self.min_vector_size >= 0, "min_vector_size", self.min_vector_size, "0 or more")
         require(0 <= self.quorum <= 1, "quorum", self.quorum, "a share from 0 to 1")
         require(self.average_state_every >= 1, "average_state_every", self.average_state_every, "at least 1")
+        require(
+            self.rollback_after == 0 or self.rollback_after >= 2,
+            "rollback_after",
+            self.rollback_after,
+            "0 or at least 2",
+        )
+        require(
+            self.snapshot_every >= max(1, self.rollback_after),
+            "snapshot_every", self.snapshot_every, f"at least rollback_after ({self.rollback_after})",
+        )  # fmt: skip
         require(
             self.delay_optimizer_step or not self.delay_grad_averaging,
             "delay_grad_averaging", self.delay_grad_averaging, "false unless delay_optimizer_step is true",
@@ -406,7 +426,7 @@ AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, Swar
 CHANGEABLE = frozenset({
     "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps",
     "learning_rate", "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every",
-    "quorum", "failed_round",
+    "quorum", "failed_round", "rollback_after", "snapshot_every",
 })  # fmt: skip
 """What the organizer can change while a run goes on: nothing has to be built anew for it."""
 EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)

@@ -162,7 +162,8 @@ def main() -> None:
                 if complete_since and time.monotonic() - complete_since > 2 * settings["averaging_timeout"]:
                     console.line("No trainer is left that could hand over the last state")
                     break
-                if monitor.step - saved_step >= mine.save_every or complete_since:
+                was_left = optimizer.went_back_to is not None and optimizer.went_back_to < saved_step
+                if monitor.step - saved_step >= mine.save_every or complete_since or was_left:
                     with assistant.paused(timeout=settings["averaging_timeout"]) as free:
                         loaded = free and optimizer.load_state_from_peers()
                         if loaded and optimizer.local_epoch > saved_step:

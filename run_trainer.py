@@ -24,7 +24,14 @@ from arguments import (
 from collab.agreement import sketch
 from collab.bandwidth import measure_in_background, serve_bandwidth
 from collab.changes import ChangeWatch, in_words
-from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from collab.console import Console, Stages, show_log
 from collab.contributions import counted_by_organizer
 from collab.device import pick_devices
@@ -32,7 +39,7 @@ from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
-from collab.metrics import PeerRecord, metrics_validators, publish_record, wait_until_saved
+from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
@@ -114,6 +121,7 @@ def main() -> None:
             offload_optimizer=mine.offload_optimizer,
             bandwidth=network.bandwidth,
             has_state=resumed is not None or task.first_weights != "elsewhere",
+            snapshot_folder=cache_dir / "snapshots",
         )
         stop.listen()
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
@@ -129,6 +137,8 @@ def main() -> None:
         try:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
+                optimizer.spikes.load_state_dict(resumed.trainer_state.get("losses"))
+                set_random_state(resumed.trainer_state.get("random"))
             micro_batch = MicroBatch(mine.micro_batch_size)
             # before the state is taken over, which would be old afterwards
             console.line(compute_gradients.choose_way(ways, task.trial_batch(2)))
@@ -170,6 +180,7 @@ def main() -> None:
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
             loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
+            random = random_state()
             while not stop and step < settings["max_global_steps"]:
                 if (wanted := changes.manifest.settings_at(step)) != settings:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
@@ -194,10 +205,12 @@ def main() -> None:
                     loss_sum += passes.loss * size_of(batch)
                     samples += size_of(batch)
                     speed.add(task.tokens(batch))
+                    optimizer.spikes.add(passes.loss, size_of(batch))
                     with speed.part("averaging"):
                         optimizer.step(batch_size=size_of(batch))
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
+                    optimizer.drop()
                     if skipped & (skipped - 1) == 0:  # at 1, 2, 4, 8, ... of them
                         console.line(f"{skipped} micro-batches with a NaN or infinite gradient were dropped so far")
                 stages.done("first batch")
@@ -228,7 +241,7 @@ def main() -> None:
                     peer_id=peer.peer_id,
                     version=CODE_VERSION,
                     step=step,
-                    loss=loss_sum / samples if samples else 0.0,
+                    loss=min(loss_sum / samples, MAX_LOSS) if samples else 0.0,
                     samples=samples,
                     samples_total=samples_total,
                     samples_per_second=float(optimizer.tracker.performance_ema.samples_per_second),
@@ -244,21 +257,22 @@ def main() -> None:
                 publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
                 console.line(record.as_line(settings["max_global_steps"]))
                 place.save(batches.state_dict())
+                random = random_state()
                 lookout.after_round(report)
                 loss_sum, samples = 0.0, 0
                 if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
                     strayed = watch.has_strayed(step, record.sketch)
                     optimizer.state_averager.doubtful = watch.doubtful
                     if strayed:
-                        optimizer.reload("this peer's model is another one than most have")
+                        optimizer.reload("this peer's model is another one than most have", astray=True)
 
-            # ---- leave
-            place.save(batches.state_dict())
+            # ---- leave: what was begun of the next global step comes again, with the same masks and dropout
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)
             if mine.save_dir:
-                state = {"run_id": run_id, "global_step": step, "samples": samples_total, "place": place.record}
+                state = {"run_id": run_id, "global_step": step, "samples": samples_total}
+                state |= {"place": place.record, "random": random, "losses": optimizer.spikes.state_dict()}
                 save_checkpoint(
                     Path(mine.save_dir),
                     save_pretrained=task.save_pretrained,

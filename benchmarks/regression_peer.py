@@ -45,6 +45,8 @@ SETTINGS: dict[str, Any] = {
     "min_vector_size": 0,
     "quorum": 0.5,
     "failed_round": "retry",
+    "rollback_after": 0,
+    "snapshot_every": 50,
     "delay_optimizer_step": False,
     "delay_grad_averaging": False,
     "delay_state_averaging": False,
@@ -190,10 +192,12 @@ def main() -> None:
                 del by_step[step]  # a slow machine: the others went on without this peer, whose samples are lost
             elif optimizer.local_epoch > step:
                 report = optimizer.last_round
+                sketches[step + 1] = sketch(model.parameters())
+                announce(folder / f"step-{number}", str(step + 1))
+                if settings["delay_grad_averaging"]:  # the round goes on
+                    continue
                 assert report is not None and report.step == step + 1
                 reports.append(asdict(report))
-                sketches[report.step] = sketch(model.parameters())
-                announce(folder / f"step-{number}", str(report.step))
                 if not report.applied:
                     del by_step[step]  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))

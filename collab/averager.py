@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class RoundTally:
     """The same, and until the others too had got what this peer averaged: all counted bytes travelled in this time."""
     rejected: tuple[str, ...]
     """Peer ids that sent NaN, infinite or negatively weighted parts; none of those went into the average."""
+    wishes: tuple[object, ...] = ()
+    """What each trainer in the group says of its loss, see `spikes.step_to_go_back_to`; the same on all of them."""
 
 
 class Reducer(TensorPartReducer):
@@ -314,10 +317,12 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     """The global step that the next round is for."""
     call_seconds: float | None = None
     """How long a micro-batch takes this peer, if it is known: the others wait accordingly."""
+    wish: int | None = None
+    """What this peer says of its loss, see `spikes.step_to_go_back_to`."""
 
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""
-        said = [self.round_number, self.call_seconds]
+        said = [self.round_number, self.call_seconds, self.wish]
         return super().schedule_step(scheduled_time, gather=said, allow_retries=False, **kwargs)
 
     def retry(self, weight: float, timeout: float) -> StepControl:
@@ -347,13 +352,20 @@ class Averager(_MeetsTheSwarm, GradientAverager):
 
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
         self._tally = None
+        modes, said = zip(*(self.serializer.loads(data)[1:3] for data in group_info.gathered), strict=True)
+        told = [_three_things(self.serializer.loads(data)) for data in said]
         self._matchmaking.call_seconds = {
-            peer: self.serializer.loads(self.serializer.loads(data)[2])[1]
-            for peer, data in zip(group_info.peer_ids, group_info.gathered, strict=True)
+            peer: call_seconds for peer, (_round, call_seconds, _wish) in zip(group_info.peer_ids, told, strict=True)
         }
         await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
         assert self._tally is not None
-        return self._tally
+        trainers = [mode != AveragingMode.AUX.value for mode in modes]
+        return replace(self._tally, wishes=tuple(wish for (_round, _seconds, wish) in compress(told, trainers)))
+
+
+def _three_things(said: object) -> Sequence[object]:
+    """What a peer tells the group in `schedule_step`; a stranger may say anything."""
+    return said if isinstance(said, list | tuple) and len(said) == 3 else (None, None, None)
 
 
 class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
@@ -364,6 +376,10 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     held_step: int | None = None
     """For auxiliary peers: the global step of the state that they hold, which the swarm may have left behind. Trainers
     offer their current state."""
+    went_back_at = 0
+    """The global step at which this peer went back to earlier weights, the latest one."""
+    not_before = 0
+    """States are not taken over from peers that have not gone back at this global step or a later one."""
 
     def load_state_from_peers(self, **kwargs: Any) -> bool:
         """Take over the state of the most advanced peer that answers.
@@ -371,15 +387,17 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         :returns: whether a state was loaded. Upstream does not tell.
         """
         self._loaded = False
-        self._outer_pipe.send(("_pass_over", [self.doubtful], {}))  # a call that the averager's process makes
+        self._outer_pipe.send(
+            ("_pass_over", [self.doubtful, self.not_before], {})
+        )  # a call that the averager's process makes
         try:
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
             logger.warning("A state could not be taken over: %s", str(error) or type(error).__name__)
         return self._loaded
 
-    async def _pass_over(self, donors: frozenset[str]) -> None:
-        self.doubtful = donors
+    async def _pass_over(self, donors: frozenset[str], not_before: int) -> None:
+        self.doubtful, self.not_before = donors, not_before
 
     def hold_state(self) -> None:
         """Offer the state as it is now to newcomers whom no trainer answers, from now on and whatever comes."""
@@ -400,6 +418,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     def get_current_state(self) -> tuple[dict[str, Any], list[torch.Tensor], list[Any]]:
         """What a newcomer downloads: metadata with the global step, tensors, and what kind each of them is."""
         metadata, tensors, infos = super().get_current_state()
+        metadata["went_back_at"] = self.went_back_at
         if self.held_step is not None:
             metadata["epoch"] = self.held_step
         return metadata, tensors, infos
@@ -448,6 +467,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         async for message in aiter_with_timeout(stream, timeout=chunk_timeout):
             if message.metadata:
                 metadata = self.serializer.loads(message.metadata)
+                if metadata.get("went_back_at", 0) < self.not_before:
+                    raise ValueError("its weights are those that the swarm has left")
             if message.tensor_part.dtype and parts:  # a dtype marks the first part of the next tensor
                 tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
                 parts = []

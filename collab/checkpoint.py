@@ -1,6 +1,8 @@
 """Checkpoints on disk: the Hub's own layout, written whole or not at all, read without trusting the file."""
 
+import base64
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from collab.errors import UserError
 from collab.files import replacing_folder
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 OPTIMIZER_TENSORS, OPTIMIZER_STRUCTURE = "optimizer.safetensors", "optimizer.json"
@@ -116,6 +120,27 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if not isinstance(optimizer_state, dict):
             raise ValueError(f"{OPTIMIZER_STRUCTURE} holds no optimizer state")
     return Checkpoint(Path(folder), optimizer_state, trainer_state)
+
+
+def random_state() -> dict[str, Any]:
+    """Where torch's random numbers stand, such as dropout's, on the CPU and all GPUs. JSON, 7 kB."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def set_random_state(record: object) -> None:
+    """Go on where `random_state` was called; without a record that fits this computer, with other numbers."""
+    for device, text in record.items() if isinstance(record, dict) else ():
+        try:
+            state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(state)
+            elif device.startswith("cuda:") and int(device[5:]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, device)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            logger.warning("The saved random numbers of %s cannot be used: %s", device, error)
 
 
 def load_weights_into(model: torch.nn.Module, folder: Path) -> None:

@@ -15,6 +15,7 @@ from collab.processes import StopSignal
 logger = logging.getLogger(__name__)
 
 MAX_STEP = 10**9
+MAX_LOSS = 1e4  # far more than any that is of use
 MAX_REASON = 200
 TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
@@ -28,7 +29,7 @@ class PeerRecord(BaseModel):
     version: constr(strict=True, max_length=32)  # type: ignore[valid-type]
     step: conint(strict=True, ge=0, le=MAX_STEP)  # type: ignore[valid-type]
     """The global step that this peer has just finished; the first one is 1."""
-    loss: confloat(strict=True, ge=0.0, le=1e4)  # type: ignore[valid-type]
+    loss: confloat(strict=True, ge=0.0, le=MAX_LOSS)  # type: ignore[valid-type]
     """Mean training loss of the samples that this peer put into that step, in nats; 0 if it put in none."""
     samples: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Samples that this peer put into that step."""

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import math
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hivemind
@@ -27,6 +29,7 @@ from collab.matchmaking import LeftBehind
 from collab.metrics import MAX_REASON
 from collab.moments import float32_state
 from collab.peer import Peer
+from collab.spikes import NOWHERE, WELL, Snapshots, SpikeGuard, step_to_go_back_to
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +156,8 @@ class Tracker(ProgressTracker):
         """The global step that the most advanced trainer has made, by its report; -1 if there is none."""
         self.call_seconds: float | None = None
         """How long this peer takes for a micro-batch, usually; None before the first one."""
+        self.is_alone = True
+        """Whether no other peer has reported anything lately."""
         self._presence = (-1, -math.inf)
         super().__init__(*args, start=False, **kwargs)
         self.should_report_progress: _PacedEvent = _PacedEvent()
@@ -165,8 +170,11 @@ class Tracker(ProgressTracker):
 
         Upstream goes by estimate as well: what a peer does not report it counts as computed at its usual speed, also
         while that peer averages or downloads. Global steps shorter than that ran away, and ticked by time instead of
-        by samples (28 of them in 50 micro-batches). Here half of the samples have to be reported.
+        by samples (28 of them in 50 micro-batches). Here half of the samples have to be reported, and a lone peer
+        counts its own, so that its steps do not depend on how fast it is.
         """
+        if self.is_alone and self.global_epoch <= self.local_progress.epoch:
+            return bool(self.local_progress.samples_accumulated >= self.target_batch_size)
         reported = self.global_progress.samples_accumulated >= LEAST_REPORTED * self.target_batch_size
         behind = self.global_epoch > self.local_progress.epoch
         return behind or (reported and bool(super().ready_to_update_epoch))
@@ -222,6 +230,7 @@ class Tracker(ProgressTracker):
             self.trainers_step = max((entry.value["epoch"] for entry in metadata.values()), default=-1)
         progress = super()._parse_swarm_progress_data(metadata)
         is_listed = isinstance(metadata, dict) and self._local_public_key in metadata
+        self.is_alone = progress.num_peers <= is_listed
         if progress.num_peers and not is_listed and self.local_progress.samples_accumulated:
             progress.num_peers += 1  # this peer's first record is still on its way
         return progress
@@ -243,13 +252,26 @@ class SwarmOptimizer(hivemind.Optimizer):
     """How often this peer took over the state of another one."""
     has_state = True
     """Whether this peer's weights are a state of the run, with which it can train and which it can hand out."""
+    went_back_to: int | None = None
+    """The global step to whose weights the swarm has gone back since this peer took over a state, if it has."""
+    _agreed_step: int | None = None  # to go back to, at the next opportunity
+    average_state_every: int
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
 
     def __init__(
-        self, *, guard: StepGuard, link: Link, quorum: float, failed_round: str, has_state: bool = True, **kwargs: Any
+        self,
+        *,
+        guard: StepGuard,
+        spikes: SpikeGuard,
+        snapshots: Snapshots | None,
+        link: Link,
+        quorum: float,
+        failed_round: str,
+        has_state: bool = True,
+        **kwargs: Any,
     ) -> None:
         self.guard, self.link, self.quorum, self.failed_round = guard, link, quorum, failed_round
-        self.has_state = has_state
+        self.spikes, self.snapshots, self.has_state = spikes, snapshots, has_state
         self._round_began, self._round_step, self._round_samples, self._expected = 0.0, 0, 0, 1
         self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
@@ -301,10 +323,13 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.tracker.report_presence(self.local_epoch)
         if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
             self.grad_averager.call_seconds = self.tracker.call_seconds
+            self.grad_averager.wish = self._wish()
             super()._maybe_schedule_gradient_averaging()
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
+        if self._agreed_step is not None:  # in the round before, which was averaged in the background
+            self._give_up_round_and_go_back(self._agreed_step)
         if self.tracker.global_progress.num_peers <= 1:
             self._look_who_is_there()  # who came since the tracker looked last would be left behind
         self._expected = max(1, self.tracker.global_progress.num_peers)
@@ -324,6 +349,8 @@ class SwarmOptimizer(hivemind.Optimizer):
             # use the last micro-batch alone (optim/optimizer.py:538-548).
             self._load_local_gradients_into_optimizer()
             self._report(None, "" if self._expected == 1 else "the round could not begin")
+            if self._expected == 1:
+                self._follow_wishes([self._wish()])
         return bool(began)
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
@@ -343,12 +370,15 @@ class SwarmOptimizer(hivemind.Optimizer):
         if failure is None:
             self._load_averaged_gradients_into_optimizer_()
             self._report(tally, "")
+            self._follow_wishes(tally.wishes if tally is not None else ())
             return
         self.grad_averager.restore_own_gradient()
         self._load_averaged_gradients_into_optimizer_()
         left_behind = isinstance(failure, LeftBehind) and not self.auxiliary
         if left_behind:
             self._leave_the_step_to_the_others()
+        elif self.spikes.wants_back and self._expected > 1:
+            self.reload("the others may have gone back to earlier weights in a round that was lost here")
         elif self.failed_round == "skip":
             self.guard.hold_next = True
         reason = "" if self._expected == 1 else str(failure) or type(failure).__name__
@@ -356,6 +386,89 @@ class SwarmOptimizer(hivemind.Optimizer):
             level = logging.DEBUG if self.auxiliary else logging.WARNING
             logger.log(level, "Round %d was not averaged: %s", self._round_step, reason)
         self._report(tally, reason, left_behind)
+
+    def _update_global_epoch(self, grad_scaler: Any) -> None:
+        average_state_every = self.average_state_every  # `_go_back` can put it off
+        try:
+            super()._update_global_epoch(grad_scaler)
+        finally:
+            self.average_state_every = average_state_every
+        if self.auxiliary:
+            return
+        step, snapshots = self.local_epoch, self.snapshots
+        self.spikes.close(step)
+        if snapshots is not None and step % snapshots.every == 0 and self.spikes.is_well and not self._must_reload:
+            self.state_averager.step(wait_for_delayed_updates=True)
+            snapshots.save(step, self.opt)
+
+    def _wish(self) -> int | None:
+        """What this peer says in the next round of its loss, see `step_to_go_back_to`."""
+        if not self.spikes.is_settled:
+            return None
+        return max(self._good_snapshots(), default=NOWHERE) if self.spikes.wants_back else WELL
+
+    def _good_snapshots(self) -> list[int]:
+        """Those after which the loss stayed healthy for some time: a bad update shows only later."""
+        kept = self.snapshots.steps if self.snapshots is not None else []
+        return [step for step in kept if step + self.spikes.patience <= self.spikes.healthy_until]
+
+    def _follow_wishes(self, wishes: Sequence[object]) -> None:
+        if self.state_averager.went_back_at == self._round_step:
+            return  # with delayed averaging, these wishes are from before
+        self._agreed_step = step_to_go_back_to(wishes, before=self._round_step)
+        if self._agreed_step is not None and not self.delay_grad_averaging:
+            self._give_up_round_and_go_back(self._agreed_step)
+
+    def _give_up_round_and_go_back(self, step: int) -> None:
+        self.guard.hold_next = True  # the gradient is one of the weights that are left now
+        self.average_state_every = sys.maxsize  # not with those who have not got their new weights yet
+        self._agreed_step = None
+        self._go_back(step)
+
+    def _go_back(self, step: int) -> None:
+        """Return to the weights and the optimizer's state of an earlier global step.
+
+        The number of global steps, the schedule and the place in the data go on (as in PaLM, Chowdhery et al. 2022,
+        section 5.1: an earlier checkpoint with other batches). Who does not keep that state takes over another peer's.
+        """
+        averager, now = self.state_averager, self._round_step
+        self.went_back_to = step
+        averager.went_back_at = averager.not_before = now
+        if self.auxiliary:
+            if averager.held_step is not None and averager.held_step > step:
+                averager.allow_state_sharing = False  # until the next checkpoint
+            return
+        self.spikes.went_back()
+        averager.step(wait_for_delayed_updates=True)
+        with averager.get_tensors():  # nobody downloads half of it
+            found = self.snapshots is not None and self.snapshots.restore(step, self.opt)
+        if self.offload_optimizer:
+            averager._apply_optimizer_parameters_()
+        if self.snapshots is not None:
+            self.snapshots.forget(after=step)
+        if found:
+            averager.not_before = 0
+            logger.warning(
+                "The loss jumped and stayed up: step %d goes back to the weights of step %d, and on with new batches",
+                now, step,
+            )  # fmt: skip
+        else:
+            self.reload(f"the loss jumped and stayed up, and the swarm has gone back to global step {step}")
+
+    def drop(self) -> None:
+        """Instead of `step`, for a micro-batch whose gradient is not finite.
+
+        The peer keeps up with the others all the same. If nothing else comes any more, the weights are to blame: no
+        global step can be made in which peers could agree to go back, so that each goes back by itself.
+        """
+        self.state_averager.step(apply_delayed_updates=True)
+        if self._should_load_state_from_peers():
+            self.load_state_from_peers()
+        elif self.spikes.drop() and (good := self._good_snapshots()):
+            self._round_step = self.local_epoch + 1
+            self._go_back(max(good))
+            self.grad_averager.reset_accumulated_grads_()
+            self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
 
     def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
         """Wait for a round to end; gives what it was, and why it does not count if it does not."""
@@ -393,11 +506,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.tracker.global_progress = progress
         self._expected = max(1, progress.num_peers)
 
-    def reload(self, why: str) -> None:
+    def reload(self, why: str, astray: bool = False) -> None:
         """Take over the others' state before the next micro-batch counts, and share this peer's with nobody before.
 
         :param why: for the console.
+        :param astray: this peer's weights are not those of the others, and nor may be those that it keeps on disk.
         """
+        if astray and self.snapshots is not None:
+            self.snapshots.forget()
         logger.warning("Taking over the state of the others: %s", why)
         self._must_reload = True
         if not self.client_mode:
@@ -469,8 +585,11 @@ class SwarmOptimizer(hivemind.Optimizer):
             elif self.has_state and not self.auxiliary and not self.client_mode:
                 self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
-        self._must_reload = False
+        self._must_reload, self.state_averager.not_before = False, 0
         self.states_loaded += bool(loaded)
+        self.spikes.took_over()
+        if loaded:
+            self.went_back_to = None
         self.share_state_memory()
         return bool(loaded)
 
@@ -506,6 +625,10 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.average_state_every = settings["average_state_every"]
         self.quorum, self.failed_round = settings["quorum"], settings["failed_round"]
         self.guard.max_grad_norm = settings["max_grad_norm"]
+        self.spikes.patience = settings["rollback_after"]
+        self.spikes.start_over()
+        if self.snapshots is not None:
+            self.snapshots.every = settings["snapshot_every"]
         averager = self.state_averager
         averager.step(wait_for_delayed_updates=True)
         scheduler, schedule = averager.scheduler, _schedule_of(settings)
@@ -538,6 +661,8 @@ class SwarmOptimizer(hivemind.Optimizer):
             for averager in (self.state_averager, self.grad_averager):
                 averager.shutdown_timeout = 1.0
                 averager.shutdown()
+            if self.snapshots is not None:
+                self.snapshots.close()
 
         goodbye = threading.Thread(target=say_goodbye, name="goodbye", daemon=True)
         goodbye.start()
@@ -567,6 +692,7 @@ def make_optimizer(
     bandwidth: float | None = None,
     auxiliary: bool = False,
     has_state: bool = True,
+    snapshot_folder: Path | None = None,
 ) -> SwarmOptimizer:
     """Build the optimizer that a run's settings describe.
 
@@ -581,6 +707,8 @@ def make_optimizer(
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
     :param has_state: False if the model's weights mean nothing yet: they are handed to nobody, and
       `load_state_from_peers` has to replace them before the first step.
+    :param snapshot_folder: of this computer, for the states that the run can go back to. None: it keeps none, and takes
+      over the others' when they go back.
     """
     for group in param_groups:
         for param in group["params"]:
@@ -601,6 +729,9 @@ def make_optimizer(
         return inner
 
     guard = StepGuard(settings["max_grad_norm"])
+    snapshots = None
+    if snapshot_folder is not None and settings["rollback_after"] and not auxiliary:
+        snapshots = Snapshots(snapshot_folder, peer.peer_id, settings["snapshot_every"])
     news_seconds = max(PROGRESS_SECONDS, min(HICCUP_SECONDS, settings["matchmaking_time"]) / 2)
 
     averager_options: dict[str, Any] = dict(
@@ -611,6 +742,8 @@ def make_optimizer(
     )
     swarm_optimizer = SwarmOptimizer(
         guard=guard,
+        spikes=SpikeGuard(settings["rollback_after"]),
+        snapshots=snapshots,
         link=Link(bandwidth),
         quorum=settings["quorum"],
         failed_round=settings["failed_round"],

@@ -40,6 +40,7 @@ from collab.optimizer import (
     make_optimizer,
     weight_decay_groups,
 )
+from collab.spikes import SpikeGuard
 
 PEER: Any = SimpleNamespace(dht=object(), private_key=object(), client_mode=True)
 
@@ -332,7 +333,7 @@ def bare(cls: Any, **attributes: Any) -> Any:
     """An optimizer without its processes, for a single method."""
     optimizer = cls.__new__(cls)
     optimizer.__dict__.update(dict(_parent_pid=0, auxiliary=False, client_mode=False))
-    optimizer.__dict__.update(scheduled_grads=None, scheduled_state=None)
+    optimizer.__dict__.update(scheduled_grads=None, scheduled_state=None, spikes=SpikeGuard(0), snapshots=None)
     optimizer.__dict__.update(status_loglevel=0, **attributes)
     return optimizer
 

@@ -1,6 +1,7 @@
 """The two programs together: joining late, saving and resuming, bad gradients, leaving."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_swarm_resumes_from_a_checkpoint_at_the_same_step_with_the_same_weight
 
 
 def test_a_run_without_an_auxiliary_peer_starts_at_its_first_trainer(swarm: Swarm) -> None:
-    config = swarm.configure(max_global_steps=4, averaging_timeout=5)
+    config = swarm.configure(max_global_steps=8, averaging_timeout=5)
     first = swarm.start("first", "run_trainer.py", "--config", str(config), "--public_name", "first")
     first.wait_for_output("Others join with")
     address = first.output().split("--initial_peers ")[1].split()[0]
@@ -121,17 +122,20 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
     assert hub.token not in auxiliary.output()
 
 
-def test_nan_gradients_are_dropped_before_they_reach_anyone(swarm: Swarm) -> None:
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=4))
+def test_nan_gradients_reach_nobody_neither_dropped_nor_sent(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure())
     # The healthy one has a fault of its own, which harms nobody.
     healthy = swarm.start_trainer("healthy", address, program="tests/swarm/trainer_with_little_memory.py")
     faulty = swarm.start_trainer("faulty", address, program="tests/swarm/trainer_with_nan.py")
-    assert [healthy.wait(), faulty.wait(), auxiliary.wait()] == [0, 0, 0], faulty.output()
-    for tensor in weights(swarm.folder / "run" / "checkpoints" / "step-0000004").values():
+    hostile = swarm.start_trainer("hostile", address, program="tests/swarm/trainer_that_sends_nan.py")
+    programs = (healthy, faulty, hostile, auxiliary)
+    assert [program.wait(120) for program in programs] == [0] * 4, hostile.output()
+    for tensor in weights(swarm.folder / "run" / "checkpoints" / "step-0000006").values():
         assert tensor.isfinite().all()
     history = read_history(swarm.folder / "run" / "metrics.jsonl")
-    assert history[-1]["peers_met"] == 2 and history[-1]["loss"] < history[0]["loss"]
-    assert "dropped" in faulty.output() and "dropped" not in healthy.output()
+    assert history[-1]["peers_met"] == 3 and history[-1]["loss"] < history[0]["loss"]
+    assert "dropped" in faulty.output() and "dropped" not in healthy.output() + hostile.output()
+    assert re.search(r"peer \w+ sent values that are not finite; they were left out", healthy.output())
     halved = [line.split()[-2] for line in healthy.output().splitlines() if line.startswith("Memory ran out")]
     assert halved == ["8", "4"] and "Memory ran out" not in faulty.output()
 
