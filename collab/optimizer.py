@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from collab.codecs import CODECS
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
 from collab.matchmaking import LeftBehind
+from collab.memory import give_back_freed_memory
 from collab.metrics import MAX_REASON
 from collab.peer import Peer
 
@@ -304,6 +305,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             # The early search failed. Upstream takes that for the round itself (optim/optimizer.py:529).
             self.scheduled_grads = None
         began = super()._begin_averaging_gradients(grad_scaler)
+        self.zero_grad()  # added up already
         if not began:
             # Upstream loads the accumulated gradient only if matchmaking was still going on; otherwise the step would
             # use the last micro-batch alone (optim/optimizer.py:538-548).
@@ -311,9 +313,19 @@ class SwarmOptimizer(hivemind.Optimizer):
             self._report(None, "" if self._expected == 1 else "the round could not begin")
         return bool(began)
 
+    def _update_global_epoch(self, grad_scaler: Any) -> None:
+        super()._update_global_epoch(grad_scaler)
+        give_back_freed_memory()
+
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
         assert maybe_step_control is not None
-        control, give_up = maybe_step_control, time.monotonic() + self.averaging_timeout
+        try:
+            self._average(maybe_step_control)
+        finally:
+            self.grad_averager.end_round()
+
+    def _average(self, control: StepControl) -> None:
+        give_up = time.monotonic() + self.averaging_timeout
         tally, failure = self._finish(control)
         # Once given up, the missing peers are not waited for so long again until somebody was met.
         while failure is not None and self.failed_round == "retry" and not self.auxiliary and not self._gave_up:
@@ -341,6 +353,13 @@ class SwarmOptimizer(hivemind.Optimizer):
             level = logging.DEBUG if self.auxiliary else logging.WARNING
             logger.log(level, "Round %d was not averaged: %s", self._round_step, reason)
         self._report(tally, reason, left_behind)
+
+    def _load_averaged_gradients_into_optimizer_(self) -> None:
+        if not self.offload_optimizer:
+            for param in _params(self.opt):
+                if param.grad is None:  # upstream would put one in RAM there, whatever the parameter's device
+                    param.grad = torch.empty_like(param)
+        super()._load_averaged_gradients_into_optimizer_()
 
     def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
         """Wait for a round to end; gives what it was, and why it does not count if it does not."""
@@ -454,6 +473,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._must_reload = False
         self.states_loaded += bool(loaded)
         self.share_state_memory()
+        give_back_freed_memory()
         return bool(loaded)
 
     def _abandon_scheduled_round(self) -> None:
@@ -533,10 +553,13 @@ class SwarmOptimizer(hivemind.Optimizer):
         memory under a running step: garbage or NaN in 14 of 100 tries (`get_current_state`, optim/state_averager.py).
         Tensors that are shared already do not move.
         """
-        for state in self.opt.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                    value.share_memory_()
+        _share_memory(value for state in self.opt.state.values() for value in state.values())
+
+
+def _share_memory(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            value.share_memory_()
 
 
 def make_optimizer(
@@ -562,9 +585,7 @@ def make_optimizer(
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
     """
     for group in param_groups:
-        for param in group["params"]:
-            if param.device.type == "cpu":
-                param.data.share_memory_()  # see SwarmOptimizer.share_state_memory
+        _share_memory(param.data for param in group["params"])  # see SwarmOptimizer.share_state_memory
 
     def make_inner(groups: ParamGroups) -> torch.optim.Optimizer:
         kind = Lamb if settings["optimizer"] == "lamb" else torch.optim.AdamW
@@ -629,6 +650,7 @@ def make_optimizer(
         auxiliary=auxiliary,
     )
     swarm_optimizer.share_state_memory()
+    give_back_freed_memory()
     return swarm_optimizer
 
 
@@ -673,19 +695,23 @@ def weight_decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dic
 def _make_state(inner: torch.optim.Optimizer) -> None:
     """Give every parameter its (zero) optimizer state, so that there is something to load a newcomer's state into.
 
+    In shared memory before the averagers' processes are forked, as each of them would keep a copy of what moves there
+    later; and without any gradient, for the same reason.
+
     Left to itself hivemind makes one real step with gradients of zero (optim/state_averager.py): weight decay would
     change the weights that were just loaded from a checkpoint, and the bias correction would be one step ahead.
     """
     params = _params(inner)
-    gradients, rates = [param.grad for param in params], [group["lr"] for group in inner.param_groups]
+    rates = [group["lr"] for group in inner.param_groups]
     for param in params:
         param.grad = torch.zeros_like(param)
     for group in inner.param_groups:
         group["lr"] = 0.0
     inner.step()
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = gradient
+    for param in params:
+        param.grad = None
         inner.state[param]["step"].zero_()
+        _share_memory(inner.state[param].values())
     for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
 
