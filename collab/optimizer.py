@@ -579,7 +579,8 @@ def make_optimizer(
     :param param_groups: `[{"params": [...], "weight_decay": 0.01}, ...]`, the same on all peers.
     :param settings: the agreed arguments of the run (`OptimizerArguments`, `SwarmArguments`, run id and length).
     :param swarm_id: name under which peers find each other; only peers with the same one average together.
-    :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM.
+    :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM. A run with delayed
+      updates does so on all trainers.
     :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: what `use_measured_bandwidth` is told
       later, and until then as much as the others usually have.
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
@@ -599,6 +600,7 @@ def make_optimizer(
         guard.attach(inner)
         return inner
 
+    delays = settings["delay_optimizer_step"] and not auxiliary
     guard = StepGuard(settings["max_grad_norm"])
     news_seconds = max(PROGRESS_SECONDS, min(HICCUP_SECONDS, settings["matchmaking_time"]) / 2)
 
@@ -623,10 +625,11 @@ def make_optimizer(
         averaging_timeout=settings["averaging_timeout"],
         next_chunk_timeout=max(settings["matchmaking_time"], HICCUP_SECONDS),  # upstream: matchmaking_time
         average_state_every=settings["average_state_every"],
-        delay_optimizer_step=settings["delay_optimizer_step"] and not auxiliary,
+        delay_optimizer_step=delays,
         delay_grad_averaging=settings["delay_grad_averaging"] and not auxiliary,
         delay_state_averaging=settings["delay_state_averaging"],
-        offload_optimizer=offload_optimizer,
+        # A step in the background works on a copy of the parameters; hivemind refuses to make it on those in use.
+        offload_optimizer=offload_optimizer or delays,
         grad_compression=CODECS[settings["grad_compression"]],
         state_averaging_compression=CODECS[settings["state_compression"]],
         # averager_opts reach only the averager of parameters (optim/optimizer.py:263), so gradients get theirs here.

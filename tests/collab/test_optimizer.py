@@ -258,6 +258,8 @@ def test_an_auxiliary_peer_delays_nothing(build):
         optimizer = build(one_group(1.0), auxiliary=auxiliary, **given)
         assert optimizer.auxiliary is auxiliary
         assert optimizer.delay_optimizer_step is not auxiliary and optimizer.delay_grad_averaging is not auxiliary
+        # hivemind makes no step in the background without; no volunteer should have to know that
+        assert optimizer.offload_optimizer is not auxiliary
 
 
 def test_parameters_on_the_cpu_lie_in_shared_memory(build):
