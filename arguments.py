@@ -218,9 +218,9 @@ class SwarmArguments:
         "What a peer does after a failed round: try again until averaging_timeout, then step with its own gradient; do "
         "that at once (local); or let the step pass (skip).",
     )
-    delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
+    delay_optimizer_step: bool = option(False, "Run the optimizer in the background: see docs/delayed_updates.md.")
     delay_grad_averaging: bool = option(
-        False, "Average gradients in the background as well; needs delay_optimizer_step."
+        False, "Average gradients in the background as well, which makes them one step old; needs delay_optimizer_step."
     )
     delay_state_averaging: bool = option(False, "Average parameters in the background, while training goes on.")
 
