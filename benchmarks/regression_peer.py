@@ -193,12 +193,14 @@ def main() -> None:
                 del by_step[step]  # a slow machine: the others went on without this peer, whose samples are lost
             elif optimizer.local_epoch > step:
                 report = optimizer.last_round
-                assert report is not None and report.step == step + 1
+                announce(folder / f"step-{number}", str(optimizer.local_epoch))
+                if report is None:
+                    continue  # it is averaged in the background
+                assert report.step == step + 1 or settings["delay_grad_averaging"]
                 reports.append(asdict(report))
                 sketches[report.step] = sketch(model.parameters())
-                announce(folder / f"step-{number}", str(report.step))
                 if not report.applied:
-                    del by_step[step]  # the step was made without these samples
+                    by_step.pop(report.step - 1, None)  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
         cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
         wall = time.monotonic() - began

@@ -627,7 +627,7 @@ def make_optimizer(
         average_state_every=settings["average_state_every"],
         delay_optimizer_step=delays,
         delay_grad_averaging=settings["delay_grad_averaging"] and not auxiliary,
-        delay_state_averaging=settings["delay_state_averaging"],
+        delay_state_averaging=settings["delay_state_averaging"] or delays,  # which hivemind insists on
         # A step in the background works on a copy of the parameters; hivemind refuses to make it on those in use.
         offload_optimizer=offload_optimizer or delays,
         grad_compression=CODECS[settings["grad_compression"]],

@@ -260,6 +260,7 @@ def test_an_auxiliary_peer_delays_nothing(build):
         assert optimizer.delay_optimizer_step is not auxiliary and optimizer.delay_grad_averaging is not auxiliary
         # hivemind makes no step in the background without; no volunteer should have to know that
         assert optimizer.offload_optimizer is not auxiliary
+        assert optimizer.delay_state_averaging is not auxiliary
 
 
 def test_parameters_on_the_cpu_lie_in_shared_memory(build):
