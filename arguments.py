@@ -250,9 +250,9 @@ class SwarmArguments:
         "Global steps from one copy of weights and optimizer to the next; each trainer keeps two of them on its disk "
         "(in --cache_dir, 12 bytes per parameter), to go back to.",
     )
-    delay_optimizer_step: bool = option(False, "Run the optimizer in the background; gradients are one step stale.")
+    delay_optimizer_step: bool = option(False, "Run the optimizer in the background: see docs/delayed_updates.md.")
     delay_grad_averaging: bool = option(
-        False, "Average gradients in the background as well; needs delay_optimizer_step."
+        False, "Average gradients in the background as well, which makes them one step old; needs delay_optimizer_step."
     )
     delay_state_averaging: bool = option(False, "Average parameters in the background, while training goes on.")
 

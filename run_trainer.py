@@ -39,6 +39,7 @@ from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
+from collab.memory import memory_in_use, peak_on_device
 from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, publish_record, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
@@ -179,7 +180,7 @@ def main() -> None:
             stages.done("state")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
-            loss_sum, samples, samples_total, skipped = 0.0, 0, 0, 0
+            loss_sum, samples, samples_total, skipped, memory = 0.0, 0, 0, 0, 0
             random = random_state()
             while not stop and step < settings["max_global_steps"]:
                 if (wanted := changes.manifest.settings_at(step)) != settings:
@@ -236,6 +237,7 @@ def main() -> None:
                     stages.done("first round")
                     console.line(f"From here on the common model has samples of {name} in it, after {stages}")
                 samples_total += samples if report.applied or report.expected == 1 else 0
+                memory = max(memory, memory_in_use() + sum(map(peak_on_device, devices)))
                 record = PeerRecord(
                     name=name,
                     peer_id=peer.peer_id,
@@ -248,7 +250,7 @@ def main() -> None:
                     grad_norm=optimizer.guard.grad_norm,
                     sketch=sketch(task.model.parameters()),
                     skipped_batches=skipped,
-                    memory=0,
+                    memory=memory,
                     client_mode=peer.client_mode,
                     time=get_dht_time(),
                     **speed.take(),

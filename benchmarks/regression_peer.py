@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from collab.agreement import sketch
 from collab.assistant import Assistant
+from collab.averager import Averager
 from collab.optimizer import SwarmOptimizer, linear_schedule, make_optimizer, weight_decay_groups
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
@@ -53,12 +54,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_model(width: int = 32) -> torch.nn.Module:
+def make_model(width: int = 32, depth: int = 1) -> torch.nn.Module:
     torch.manual_seed(0)
+    hidden = (layer for _ in range(depth) for layer in (torch.nn.Linear(width, width), torch.nn.GELU()))
     return torch.nn.Sequential(
-        torch.nn.Linear(16, width), torch.nn.LayerNorm(width), torch.nn.GELU(), torch.nn.Linear(width, width),
-        torch.nn.GELU(), torch.nn.Linear(width, 4),
-    )  # fmt: skip
+        torch.nn.Linear(16, width), torch.nn.LayerNorm(width), torch.nn.GELU(), *hidden, torch.nn.Linear(width, 4)
+    )
 
 
 def plain_optimizer(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -130,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[16], help="micro-batch sizes, in turn")
     parser.add_argument("--role", choices=["trainer", "client", "auxiliary"], default="trainer")
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--depth", type=int, default=1, help="hidden layers of width * width")
     parser.add_argument("--pace", type=float, default=0.03, help="seconds that a micro-batch takes at least")
     parser.add_argument("--plain", type=float, default=0, help="seconds of a plain loop, before and after the training")
     parser.add_argument("--settings", type=json.loads, default={})
@@ -154,7 +156,7 @@ def main() -> None:
         client_mode=options.role == "client",
     )
     announce(folder / f"address-{number}", peer.addresses()[0] if options.role != "client" else "")
-    model = make_model(options.width)
+    model = make_model(options.width, options.depth)
     auxiliary = options.role == "auxiliary"
     optimizer = make_optimizer(
         peer,
@@ -164,6 +166,7 @@ def main() -> None:
         auxiliary=auxiliary,
     )
     stop.listen()
+    own = keep_own_gradients(optimizer.grad_averager)
     assistant = Assistant(optimizer) if auxiliary else None
     announce(folder / f"ready-{number}", "")
     deadline = time.monotonic() + 120
@@ -192,14 +195,14 @@ def main() -> None:
                 del by_step[step]  # a slow machine: the others went on without this peer, whose samples are lost
             elif optimizer.local_epoch > step:
                 report = optimizer.last_round
-                sketches[step + 1] = sketch(model.parameters())
-                announce(folder / f"step-{number}", str(step + 1))
-                if settings["delay_grad_averaging"]:  # the round goes on
-                    continue
-                assert report is not None and report.step == step + 1
+                announce(folder / f"step-{number}", str(optimizer.local_epoch))
+                if report is None:
+                    continue  # it is averaged in the background
+                assert report.step == step + 1 or settings["delay_grad_averaging"]
                 reports.append(asdict(report))
+                sketches[report.step] = sketch(model.parameters())
                 if not report.applied:
-                    del by_step[step]  # the step was made without these samples
+                    by_step.pop(report.step - 1, None)  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
         cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
         wall = time.monotonic() - began
@@ -218,7 +221,7 @@ def main() -> None:
         }
         if assistant is None:
             save_model(model, str(folder / f"weights-{number}.safetensors"))
-            save_gradients(optimizer, folder, number)
+            save_gradients(optimizer, own, folder, number)
         announce(folder / f"log-{number}.json", json.dumps(log))
     finally:
         if assistant is not None:
@@ -227,9 +230,21 @@ def main() -> None:
         peer.close()
 
 
-def save_gradients(optimizer: SwarmOptimizer, folder: Path, number: int) -> None:
+def keep_own_gradients(averager: Averager) -> list[torch.Tensor]:
+    """A list that holds what this peer has put into the latest round, as soon as that is over."""
+    own: list[torch.Tensor] = []
+    forget = averager.end_round
+
+    def end_round() -> None:
+        own[:] = [accumulator * averager._before_round_scale for accumulator in averager._before_round or []]
+        forget()
+
+    averager.end_round = end_round  # type: ignore[method-assign]
+    return own
+
+
+def save_gradients(optimizer: SwarmOptimizer, own: list[torch.Tensor], folder: Path, number: int) -> None:
     """What this peer put into the last round, and what came out."""
-    own = optimizer.grad_averager._before_round or []
     with optimizer.grad_averager.get_tensors() as averaged:
         save_file(
             {str(i): tensor.clone() for i, tensor in enumerate(averaged)}, folder / f"averaged-{number}.safetensors"

@@ -9,9 +9,11 @@ import logging
 import math
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Sequence
+import typing
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -31,11 +33,13 @@ from hivemind.utils.streaming import combine_from_streaming
 
 from collab.link import allreduce_limit, settle_claims, silence_limit
 from collab.matchmaking import SwarmMatchmaking
+from collab.memory import give_back_freed_memory
 
 logger = logging.getLogger(__name__)
 
 SERVING_SECONDS = 2.0
 PROGRESS_SECONDS = 2.0
+SNAPSHOT_STEPS = 5  # how old a state may be that is handed out because it is in memory
 MEGABYTE = 10**6
 FLOAT_BYTES = 4
 
@@ -236,6 +240,11 @@ class _MeetsTheSwarm(DecentralizedAverager):
     def max_weight(self, samples: float) -> None:
         self._max_weight.value = samples
 
+    def run_in_background(self, *args: Any, **kwargs: Any) -> None:
+        """Fork the averager's process, with nothing of this one's that it does not need."""
+        give_back_freed_memory()
+        super().run_in_background(*args, **kwargs)
+
     async def _step(self, **kwargs: Any) -> None:
         if not isinstance(self._matchmaking, SwarmMatchmaking):
             self._matchmaking = SwarmMatchmaking(
@@ -249,7 +258,10 @@ class _MeetsTheSwarm(DecentralizedAverager):
                 lag=self._lag,
                 **self.matchmaking_kwargs,
             )
-        await super()._step(**kwargs)
+        try:
+            await super()._step(**kwargs)
+        finally:
+            give_back_freed_memory()
 
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> Any:
         """Shares of the work and waiting times follow from the links of the peers in the group."""
@@ -303,8 +315,10 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     """Averages gradients. Its rounds return a `RoundTally`.
 
     - *Zero gradients.* The optimizer empties the accumulators as soon as a round begins, so a round that fails would go
-      on with gradients of zero (optim/optimizer.py:529 and 611). A copy taken before the round is put back instead; it
-      costs one more set of gradients in RAM.
+      on with gradients of zero (optim/optimizer.py:529 and 611). Here the round keeps the accumulators until it is over
+      (`end_round`), and later gradients, if there are any meanwhile, get new ones.
+    - *Copies.* Upstream has accumulators and gradients of zero when it forks the averager's process, which keeps a copy
+      of both for ever. Here they are made later.
     - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
       the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
       samples.
@@ -312,13 +326,29 @@ class Averager(_MeetsTheSwarm, GradientAverager):
       (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from the copy.
     """
 
-    _before_round: list[torch.Tensor] | None = None
+    _before_round: Sequence[torch.Tensor] | None = None
+    """The accumulators as they were when the round began, while it goes on."""
+    _before_round_scale = 0.0
     round_number = 0
     """The global step that the next round is for."""
     call_seconds: float | None = None
     """How long a micro-batch takes this peer, if it is known: the others wait accordingly."""
     wish: int | None = None
     """What this peer says of its loss, see `spikes.step_to_go_back_to`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._local_accumulators: Sequence[torch.Tensor] | None
+        start = kwargs.pop("start")
+        super().__init__(*args, start=False, **kwargs)
+        if start:
+            self.run_in_background()
+
+    def run_in_background(self, *args: Any, **kwargs: Any) -> None:
+        """Fork the averager's process, to which no gradients belong but the averaged ones."""
+        self._local_accumulators = None
+        for param in self.parameters:
+            param.grad = None
+        super().run_in_background(*args, **kwargs)
 
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""
@@ -333,22 +363,46 @@ class Averager(_MeetsTheSwarm, GradientAverager):
         control.allow_allreduce()
         return control
 
-    @torch.no_grad()
-    def restore_own_gradient(self) -> None:
-        """Put what this peer gave to the round back where the average was to be."""
-        assert self._before_round is not None, "there was no round yet"
-        with self.get_tensors() as tensors:
-            for tensor, gradient in zip(tensors, self._before_round, strict=True):
-                tensor.copy_(gradient)
+    def _grad_accumulators(self) -> Sequence[torch.Tensor]:
+        if self._local_accumulators is None:
+            self._local_accumulators = [torch.zeros_like(param) for param in self.parameters]
+        return self._local_accumulators
+
+    def _scale(self) -> float:
+        # Accumulated is the sum of (micro-batch size / anchor) * gradient.
+        return (self._anchor_batch_size or 0) / max(1, self.local_samples_accumulated)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin the round; `end_round` has to follow."""
+        self._before_round, self._before_round_scale = self._local_accumulators or [], self._scale()
+        return super().step(*args, **kwargs)
+
+    def end_round(self) -> None:
+        """Forget what this peer gave to the round: it will not be tried again."""
+        self._before_round = None
 
     @torch.no_grad()
+    def reset_accumulated_grads_(self) -> None:
+        """Begin to accumulate anew, from zero."""
+        self._accumulators_used_in_step = False
+        self.local_samples_accumulated = self.local_times_accumulated = 0
+        self._anchor_batch_size = None
+        self._local_accumulators = None
+
+    def restore_own_gradient(self) -> None:
+        """Put what this peer gave to the round back where the average was to be."""
+        assert self._before_round is not None, "there is no round"
+        self._put_in(self._before_round, self._before_round_scale)
+
     def load_accumulators_into_averager_(self) -> None:
         """Put this peer's mean gradient where the average will be; without samples it is zero."""
-        # Accumulated is the sum of (micro-batch size / anchor) * gradient.
-        samples = self.local_samples_accumulated
-        scale = self._anchor_batch_size / samples if samples else 0.0
-        self._before_round = [(accumulator * scale).to("cpu") for accumulator in self._grad_accumulators()]
-        self.restore_own_gradient()
+        self._put_in(self._local_accumulators or [], self._scale())
+
+    @torch.no_grad()
+    def _put_in(self, accumulators: Sequence[torch.Tensor], scale: float) -> None:
+        with self.get_tensors() as tensors:
+            for tensor, accumulator in zip(tensors, accumulators or repeat(torch.zeros(())), strict=False):
+                tensor.copy_(accumulator).mul_(scale)
 
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
         self._tally = None
@@ -368,9 +422,24 @@ def _three_things(said: object) -> Sequence[object]:
     return said if isinstance(said, list | tuple) and len(said) == 3 else (None, None, None)
 
 
-class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
-    """Averages parameters, and downloads the state of other peers with a sign of life."""
+class _Snapshot(list[torch.Tensor]):
+    """The tensors of a state as it was at one moment."""
 
+    priority = -math.inf
+    """Of the state, when it was taken."""
+
+
+class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
+    """Averages parameters, and hands out and downloads states, with one extra copy of the state in memory at most.
+
+    Upstream hands out live tensors of a CPU peer, so that a newcomer gets some from before a step and others from after
+    it; and it copies those of a GPU anew for each newcomer (optim/state_averager.py, `get_current_state`). Here all
+    newcomers who come while a copy is being sent get that one. Upstream's thread also holds on to what it has fetched
+    until it is asked again (averaging/averager.py, `_background_thread_fetch_current_state`): so it is, for nothing.
+    """
+
+    _newest: Callable[[], _Snapshot | None] = staticmethod(lambda: None)  # a weak reference
+    _taking: asyncio.Lock | None = None  # both exist in the averager's own process
     doubtful: frozenset[str] = frozenset()
     """Peer ids whose state is not to be taken over."""
     held_step: int | None = None
@@ -380,6 +449,10 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     """The global step at which this peer went back to earlier weights, the latest one."""
     not_before = 0
     """States are not taken over from peers that have not gone back at this global step or a later one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._empty = multiprocessing.RawValue("b", False)  # whether the next state that is fetched is to be empty
+        super().__init__(*args, **kwargs)
 
     def load_state_from_peers(self, **kwargs: Any) -> bool:
         """Take over the state of the most advanced peer that answers.
@@ -417,11 +490,44 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
 
     def get_current_state(self) -> tuple[dict[str, Any], list[torch.Tensor], list[Any]]:
         """What a newcomer downloads: metadata with the global step, tensors, and what kind each of them is."""
-        metadata, tensors, infos = super().get_current_state()
-        metadata["went_back_at"] = self.went_back_at
+        if self._empty.value:
+            return {}, [], []
+        with self.lock_optimizer:  # not in the middle of a step; the locks in the order in which `_do` takes them
+            metadata, live, infos = super().get_current_state()
+            metadata["went_back_at"] = self.went_back_at
+            with torch.no_grad(), self.lock_averaged_tensors:
+                tensors = [torch.empty_like(tensor).share_memory_().copy_(tensor) for tensor in live]
         if self.held_step is not None:
             metadata["epoch"] = self.held_step
         return metadata, tensors, infos
+
+    async def rpc_download_state(
+        self, request: averaging_pb2.DownloadRequest, context: P2PContext
+    ) -> "typing.AsyncIterator[averaging_pb2.DownloadData]":  # hivemind knows no other stream by its hint
+        sent = self._newest()
+        if sent is not None and self.state_sharing_priority > sent.priority + SNAPSHOT_STEPS:
+            logger.info("A newcomer is sent to somebody else: an old state is still on its way to another one")
+            return
+        del sent
+        async for message in super().rpc_download_state(request, context):
+            yield message
+
+    async def _get_current_state_from_host_process(self) -> tuple[Any, _Snapshot, Any]:
+        self._taking = self._taking or asyncio.Lock()
+        async with self._taking:
+            snapshot = self._newest()
+            if snapshot is None:
+                priority = self.state_sharing_priority
+                self._metadata, tensors, self._infos = await super()._get_current_state_from_host_process()
+                self._empty.value = True
+                try:
+                    await super()._get_current_state_from_host_process()
+                finally:
+                    self._empty.value = False
+                snapshot = _Snapshot(tensors)
+                snapshot.priority = priority
+                self._newest = weakref.ref(snapshot)
+            return self._metadata, snapshot, self._infos
 
     def _update_scheduler(self) -> None:
         self._loaded = True  # the last thing that upstream does when it has taken over a state
@@ -445,6 +551,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
                     return
         finally:
             future.set_result(result)
+            del result
+            give_back_freed_memory()
 
     def _donors(self) -> list[PeerID]:
         prefix = self._matchmaking.group_key_manager.prefix
@@ -470,15 +578,15 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
                 if metadata.get("went_back_at", 0) < self.not_before:
                     raise ValueError("its weights are those that the swarm has left")
             if message.tensor_part.dtype and parts:  # a dtype marks the first part of the next tensor
-                tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
-                parts = []
+                tensors.append(_whole(parts))
+                parts.clear()
             parts.append(message.tensor_part)
             received += len(message.tensor_part.buffer)
             if time.monotonic() - last_word > PROGRESS_SECONDS:
                 last_word = time.monotonic()
                 logger.info("Downloading the state: %.1f MB in %.0f s", received / MEGABYTE, last_word - began)
         if parts:
-            tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
+            tensors.append(_whole(parts))
         if metadata is None:
             return None  # it shares no state
         logger.info(
@@ -486,3 +594,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
             str(donor)[-6:], received / MEGABYTE, time.monotonic() - began,
         )  # fmt: skip
         return metadata, tensors
+
+
+def _whole(parts: list[Any]) -> torch.Tensor:
+    """The tensor that came in parts, in the memory in which the trainer's process gets it."""
+    return deserialize_torch_tensor(combine_from_streaming(parts)).share_memory_()

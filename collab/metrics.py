@@ -69,7 +69,7 @@ class PeerRecord(BaseModel):
     averaging_wait: confloat(strict=True, ge=0.0, le=1.0)  # type: ignore[valid-type]
     """Share of it in which the device waited for the peers and for the optimizer."""
     memory: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
-    """Bytes of RAM, and of the GPUs' memory, that this peer takes at its peak."""
+    """The most bytes that this peer has taken in this session: RAM of all its processes after a step, GPUs' at peak."""
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""

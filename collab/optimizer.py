@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from collab.codecs import CODECS
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
 from collab.matchmaking import LeftBehind
+from collab.memory import give_back_freed_memory
 from collab.metrics import MAX_REASON
 from collab.moments import float32_state
 from collab.peer import Peer
@@ -344,6 +345,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             # The early search failed. Upstream takes that for the round itself (optim/optimizer.py:529).
             self.scheduled_grads = None
         began = super()._begin_averaging_gradients(grad_scaler)
+        self.zero_grad()  # added up already
         if not began:
             # Upstream loads the accumulated gradient only if matchmaking was still going on; otherwise the step would
             # use the last micro-batch alone (optim/optimizer.py:538-548).
@@ -355,7 +357,13 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: StepControl | None) -> None:
         assert maybe_step_control is not None
-        control, give_up = maybe_step_control, time.monotonic() + self.averaging_timeout
+        try:
+            self._average(maybe_step_control)
+        finally:
+            self.grad_averager.end_round()
+
+    def _average(self, control: StepControl) -> None:
+        give_up = time.monotonic() + self.averaging_timeout
         tally, failure = self._finish(control)
         # Once given up, the missing peers are not waited for so long again until somebody was met.
         while failure is not None and self.failed_round == "retry" and not self.auxiliary and not self._gave_up:
@@ -393,6 +401,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             super()._update_global_epoch(grad_scaler)
         finally:
             self.average_state_every = average_state_every
+        give_back_freed_memory()
         if self.auxiliary:
             return
         step, snapshots = self.local_epoch, self.snapshots
@@ -469,6 +478,13 @@ class SwarmOptimizer(hivemind.Optimizer):
             self._go_back(max(good))
             self.grad_averager.reset_accumulated_grads_()
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
+
+    def _load_averaged_gradients_into_optimizer_(self) -> None:
+        if not self.offload_optimizer:
+            for param in _params(self.opt):
+                if param.grad is None:  # upstream would put one in RAM there, whatever the parameter's device
+                    param.grad = torch.empty_like(param)
+        super()._load_averaged_gradients_into_optimizer_()
 
     def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
         """Wait for a round to end; gives what it was, and why it does not count if it does not."""
@@ -591,6 +607,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         if loaded:
             self.went_back_to = None
         self.share_state_memory()
+        give_back_freed_memory()
         return bool(loaded)
 
     def _abandon_scheduled_round(self) -> None:
@@ -676,10 +693,13 @@ class SwarmOptimizer(hivemind.Optimizer):
         memory under a running step: garbage or NaN in 14 of 100 tries (`get_current_state`, optim/state_averager.py).
         Tensors that are shared already do not move.
         """
-        for state in self.opt.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                    value.share_memory_()
+        _share_memory(value for state in self.opt.state.values() for value in state.values())
+
+
+def _share_memory(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            value.share_memory_()
 
 
 def make_optimizer(
@@ -701,7 +721,8 @@ def make_optimizer(
     :param param_groups: `[{"params": [...], "weight_decay": 0.01}, ...]`, the same on all peers.
     :param settings: the agreed arguments of the run (`OptimizerArguments`, `SwarmArguments`, run id and length).
     :param swarm_id: name under which peers find each other; only peers with the same one average together.
-    :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM.
+    :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM. A run with delayed
+      updates does so on all trainers.
     :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: what `use_measured_bandwidth` is told
       later, and until then as much as the others usually have.
     :param auxiliary: this peer puts in no gradients; it follows the run and holds its state.
@@ -711,9 +732,7 @@ def make_optimizer(
       over the others' when they go back.
     """
     for group in param_groups:
-        for param in group["params"]:
-            if param.device.type == "cpu":
-                param.data.share_memory_()  # see SwarmOptimizer.share_state_memory
+        _share_memory(param.data for param in group["params"])  # see SwarmOptimizer.share_state_memory
 
     def make_inner(groups: ParamGroups) -> torch.optim.Optimizer:
         inner = OPTIMIZERS[settings["optimizer"]](
@@ -728,6 +747,7 @@ def make_optimizer(
         guard.attach(inner)
         return inner
 
+    delays = settings["delay_optimizer_step"] and not auxiliary
     guard = StepGuard(settings["max_grad_norm"])
     snapshots = None
     if snapshot_folder is not None and settings["rollback_after"] and not auxiliary:
@@ -758,10 +778,11 @@ def make_optimizer(
         averaging_timeout=settings["averaging_timeout"],
         next_chunk_timeout=max(settings["matchmaking_time"], HICCUP_SECONDS),  # upstream: matchmaking_time
         average_state_every=settings["average_state_every"],
-        delay_optimizer_step=settings["delay_optimizer_step"] and not auxiliary,
+        delay_optimizer_step=delays,
         delay_grad_averaging=settings["delay_grad_averaging"] and not auxiliary,
-        delay_state_averaging=settings["delay_state_averaging"],
-        offload_optimizer=offload_optimizer,
+        delay_state_averaging=settings["delay_state_averaging"] or delays,  # which hivemind insists on
+        # A step in the background works on a copy of the parameters; hivemind refuses to make it on those in use.
+        offload_optimizer=offload_optimizer or delays,
         grad_compression=CODECS[settings["grad_compression"]],
         state_averaging_compression=CODECS[settings["state_compression"]],
         # averager_opts reach only the averager of parameters (optim/optimizer.py:263), so gradients get theirs here.
@@ -785,6 +806,7 @@ def make_optimizer(
         auxiliary=auxiliary,
     )
     swarm_optimizer.share_state_memory()
+    give_back_freed_memory()
     return swarm_optimizer
 
 
@@ -833,19 +855,23 @@ def weight_decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dic
 def _make_state(inner: torch.optim.Optimizer) -> None:
     """Give every parameter its (zero) optimizer state, so that there is something to load a newcomer's state into.
 
+    In shared memory before the averagers' processes are forked, as each of them would keep a copy of what moves there
+    later; and without any gradient, for the same reason.
+
     Left to itself hivemind makes one real step with gradients of zero (optim/state_averager.py): weight decay would
     change the weights that were just loaded from a checkpoint, and the bias correction would be one step ahead.
     """
     params = _params(inner)
-    gradients, rates = [param.grad for param in params], [group["lr"] for group in inner.param_groups]
+    rates = [group["lr"] for group in inner.param_groups]
     for param in params:
         param.grad = torch.zeros_like(param)
     for group in inner.param_groups:
         group["lr"] = 0.0
     inner.step()
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = gradient
+    for param in params:
+        param.grad = None
         inner.state[param]["step"].zero_()
+        _share_memory(inner.state[param].values())
     for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import math
+import multiprocessing
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hivemind.averaging.partition import TensorPartReducer
 from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.state_averager import TrainingStateAverager
 
-from collab.averager import Averager, Reducer
+from collab.averager import SNAPSHOT_STEPS, Averager, Reducer, StateAverager
 from collab.optimizer import StepGuard
 
 HONEST = torch.tensor([1.0, 2.0, 3.0])
@@ -123,3 +126,51 @@ def test_a_step_can_be_held_back_once() -> None:
     assert torch.equal(param, before)
     optimizer.step()
     assert not torch.equal(param, before)
+
+
+# ---- handing out states ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def donor(monkeypatch: pytest.MonkeyPatch) -> StateAverager:
+    """A state averager without its processes, whose host hands out another state at each call."""
+    averager = StateAverager.__new__(StateAverager)
+    averager._empty = multiprocessing.RawValue("b", False)
+    averager._state_sharing_priority = multiprocessing.Value("d", 7.0)
+    averager._parent_pid = 0
+
+    async def fetch(self: StateAverager) -> Any:
+        await asyncio.sleep(0)
+        return (b"", [], []) if self._empty.value else (b"epoch", [torch.zeros(2)], ["info"])
+
+    monkeypatch.setattr(TrainingStateAverager, "_get_current_state_from_host_process", fetch)
+    return averager
+
+
+def test_newcomers_at_the_same_time_get_one_copy_and_later_ones_another(donor: StateAverager) -> None:
+    async def run() -> None:
+        states = await asyncio.gather(*(donor._get_current_state_from_host_process() for _ in range(3)))
+        assert states[0][0] == b"epoch" and states[0][2] == ["info"] and not donor._empty.value
+        states.append(await donor._get_current_state_from_host_process())
+        assert len({id(tensors) for _, tensors, _ in states}) == 1
+        old = weakref.ref(states[0][1])
+        states.clear()
+        await asyncio.sleep(0)  # `gather` has a reference until then
+        assert old() is None, "nobody reads it any more"
+        assert len((await donor._get_current_state_from_host_process())[1]) == 1
+
+    asyncio.run(run())
+
+
+def test_nobody_gets_a_state_that_is_much_older_than_the_model(donor: StateAverager) -> None:
+    async def answers() -> int:
+        return len([message async for message in donor.rpc_download_state(None, None)])
+
+    async def run() -> None:
+        donor._allow_state_sharing = multiprocessing.Value("b", True)
+        _, read_slowly, _ = await donor._get_current_state_from_host_process()
+        donor._state_sharing_priority.value = 7.0 + SNAPSHOT_STEPS + 1
+        assert await answers() == 0, "there would be two copies"
+        assert len(read_slowly) == 1
+
+    asyncio.run(run())

@@ -317,6 +317,9 @@ def test_an_auxiliary_peer_delays_nothing(build):
         optimizer = build(one_group(1.0), auxiliary=auxiliary, **given)
         assert optimizer.auxiliary is auxiliary
         assert optimizer.delay_optimizer_step is not auxiliary and optimizer.delay_grad_averaging is not auxiliary
+        # hivemind makes no step in the background without; no volunteer should have to know that
+        assert optimizer.offload_optimizer is not auxiliary
+        assert optimizer.delay_state_averaging is not auxiliary
 
 
 def test_parameters_on_the_cpu_lie_in_shared_memory(build):
@@ -456,7 +459,7 @@ def test_a_round_begins_although_the_early_search_for_peers_failed(cls, begins) 
         tracker=SimpleNamespace(global_progress=SimpleNamespace(num_peers=2, epoch=4)),
     )
     optimizer.scheduled_grads = failed_search
-    optimizer._load_local_gradients_into_optimizer = optimizer._report = Calls()
+    optimizer._load_local_gradients_into_optimizer = optimizer._report = optimizer.zero_grad = Calls()
     assert optimizer._begin_averaging_gradients(None) is begins
     assert bool(averager.step.number) is begins
 
@@ -488,6 +491,7 @@ def test_who_came_while_a_lone_peer_gathered_its_samples_is_met() -> None:
         SwarmOptimizer, state_averager=SimpleNamespace(local_epoch=4), grad_averager=averager, tracker=tracker
     )
     optimizer._look_who_is_there = lambda: setattr(tracker.global_progress, "num_peers", 2)
+    optimizer.zero_grad = Calls()
     assert optimizer._begin_averaging_gradients(None) and averager.step.number == 1
 
 

@@ -26,8 +26,8 @@ def test_a_resumed_trainer_has_the_next_losses_to_the_last_bit(swarm: Swarm) -> 
         swarm.environment = {"RECORDS": str(swarm.folder / f"{name}.jsonl")}
         # The peer's id names its place in the data, so that the run that is not stopped needs the same one.
         own = ("--identity_path", str(swarm.folder / "key"), "--cache_dir", str(swarm.folder / cache), "--threads", "1")
-        own += ("--precision", "float32")  # else measured: another precision has other losses
-        command = ("--config", str(config), *own, *arguments)
+        numerics = ("--precision", "float32")  # left out, it is measured, and another one has other losses
+        command = ("--config", str(config), *own, *numerics, *arguments)
         program: Program = swarm.start(name, "tests/swarm/trainer_with_record.py", *command)
         wait_until(lambda: len(records(name)) >= steps or program.process.poll() is not None, 90, program.output)
         program.interrupt()  # most likely in the middle of a global step

@@ -417,6 +417,17 @@ def test_live_tensors_stay_where_they_are_when_a_newcomer_downloads_them(
 
 
 @BOTH
+def test_a_newcomer_gets_the_state_of_one_moment(peers: list[Peer], run_id: str, kind: str) -> None:
+    """Stock hivemind sends the live tensors of a CPU peer: those that are sent after its next step come from there."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    with optimizer_of(kind, peers[0], run_id, param) as donor:
+        _, tensors, _ = donor.state_averager.get_current_state()
+        with torch.no_grad():
+            param.fill_(5.0)
+        assert torch.equal(tensors[0], param) is (kind == "stock")
+
+
+@BOTH
 def test_a_checkpoint_brings_its_global_step_along(peers: list[Peer], run_id: str, kind: str) -> None:
     """Stock hivemind goes on reporting global step 0, and its schedule starts anew."""
     param = torch.nn.Parameter(torch.zeros(2))
