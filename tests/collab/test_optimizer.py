@@ -277,6 +277,7 @@ def test_adamw_goes_on_from_a_state_in_8_bits(build):
     coded.step()
     inner = build(groups, optimizer="adamw").optimizer(groups)
     inner.load_state_dict(coded.state_dict())
+    groups[0]["params"][0].grad = torch.ones(5000)
     inner.step()
     assert inner.state[groups[0]["params"][0]]["step"] == 2
 
