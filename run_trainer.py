@@ -180,7 +180,7 @@ def main() -> None:
             stages.done("state")
             step, states_loaded = optimizer.local_epoch, optimizer.states_loaded
             watch = ModelWatch(peer, run_id, settle_steps=2 * settings["average_state_every"])
-            loss_sum, samples, samples_total, skipped, memory = 0.0, 0, 0, 0, 0
+            loss_sum, weights, samples, samples_total, skipped, memory = 0.0, 0, 0, 0, 0, 0
             random = random_state()
             while not stop and step < settings["max_global_steps"]:
                 if (wanted := changes.manifest.settings_at(step)) != settings:
@@ -203,12 +203,13 @@ def main() -> None:
                     console.line(f"Memory ran out; from now on micro-batches have {micro_batch.size} samples")
                     continue
                 if passes.finite:
-                    loss_sum += passes.loss * size_of(batch)
+                    weight = task.weight(batch)
+                    loss_sum, weights = loss_sum + passes.loss * weight, weights + weight
                     samples += size_of(batch)
                     speed.add(task.tokens(batch))
-                    optimizer.spikes.add(passes.loss, size_of(batch))
+                    optimizer.spikes.add(passes.loss, weight)
                     with speed.part("averaging"):
-                        optimizer.step(batch_size=size_of(batch))
+                        optimizer.step(batch_size=size_of(batch), weight=weight)
                 else:
                     skipped += 1  # a NaN must not reach the others; the next batch may be fine
                     optimizer.drop()
@@ -228,7 +229,7 @@ def main() -> None:
                 step, report = optimizer.local_epoch, optimizer.last_round
                 if optimizer.states_loaded > states_loaded:
                     console.line(f"Took over global step {step} from the others")
-                    states_loaded, loss_sum, samples = optimizer.states_loaded, 0.0, 0
+                    states_loaded, loss_sum, weights, samples = optimizer.states_loaded, 0.0, 0, 0
                     watch.start_over(step)
                     continue
                 if report is None or report.left_behind:  # still averaged in the background; or not made by this peer
@@ -243,7 +244,7 @@ def main() -> None:
                     peer_id=peer.peer_id,
                     version=CODE_VERSION,
                     step=step,
-                    loss=min(loss_sum / samples, MAX_LOSS) if samples else 0.0,
+                    loss=min(loss_sum / weights, MAX_LOSS) if weights else 0.0,
                     samples=samples,
                     samples_total=samples_total,
                     samples_per_second=float(optimizer.tracker.performance_ema.samples_per_second),
@@ -261,7 +262,7 @@ def main() -> None:
                 place.save(batches.state_dict())
                 random = random_state()
                 lookout.after_round(report)
-                loss_sum, samples = 0.0, 0
+                loss_sum, weights, samples = 0.0, 0, 0
                 if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
                     strayed = watch.has_strayed(step, record.sketch)
                     optimizer.state_averager.doubtful = watch.doubtful

@@ -52,7 +52,7 @@ MODEL = {
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0, "pad_token_id": 0,
     "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
-LENGTH, MICRO_BATCH = 32, 64
+LENGTH, MICRO_BATCH = 32, 16
 HELD_OUT_DOCUMENTS = 400
 SHUFFLED = 64  # batches of ours whose samples the plain way mixes
 WARM_UP = 0.1  # of the budget
@@ -131,16 +131,18 @@ def train(task: MaskedLM, way: Way, budget: int) -> None:
     factor = linear_schedule(int(WARM_UP * SCHEDULE_POINTS), SCHEDULE_POINTS, 0.0)
     left, held = budget, None
     while left > 0:
-        samples, before = 0, left
+        samples, before, total = 0, left, 0
         optimizer.zero_grad()
         while samples < way.target_batch and left > 0:
             batch = next(batches)
             size, tokens = len(batch["labels"]), int(batch["attention_mask"].sum())
-            (loss(batch) * size).backward()
+            weight = size if way.plain else task.weight(batch)
+            (loss(batch) * weight).backward()
+            total += weight
             samples, left = samples + size, left - tokens
         for param in params:
             if param.grad is not None:
-                param.grad /= samples
+                param.grad /= total
         if way.delayed:
             fresh = [param.grad for param in params]
             if held is not None:

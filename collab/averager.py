@@ -320,8 +320,8 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     - *Copies.* Upstream has accumulators and gradients of zero when it forks the averager's process, which keeps a copy
       of both for ever. Here they are made later.
     - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
-      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is the mean over
-      samples.
+      the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is their weighted
+      mean, by samples or by what `weight` says.
     - *Retries.* Upstream repeats a failed all-reduce with tensors that are half averaged already
       (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from the copy.
     """
@@ -335,6 +335,9 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     """How long a micro-batch takes this peer, if it is known: the others wait accordingly."""
     wish: int | None = None
     """What this peer says of its loss, see `spikes.step_to_go_back_to`."""
+    weight: float | None = None
+    """Of the next micro-batch among those of this peer; None: its samples."""
+    _accumulated_weight = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._local_accumulators: Sequence[torch.Tensor] | None
@@ -368,9 +371,18 @@ class Averager(_MeetsTheSwarm, GradientAverager):
             self._local_accumulators = [torch.zeros_like(param) for param in self.parameters]
         return self._local_accumulators
 
+    @torch.no_grad()
+    def accumulate_grads_(self, batch_size: int) -> None:
+        """Add the parameters' gradients, those of a micro-batch with so many samples."""
+        weight = batch_size if self.weight is None else self.weight
+        self.local_samples_accumulated += batch_size
+        self.local_times_accumulated += 1
+        self._accumulated_weight += weight
+        for accumulator, gradient in zip(self._grad_accumulators(), self._grads_from_parameters(), strict=True):
+            accumulator.add_(gradient.to(accumulator.device), alpha=weight)
+
     def _scale(self) -> float:
-        # Accumulated is the sum of (micro-batch size / anchor) * gradient.
-        return (self._anchor_batch_size or 0) / max(1, self.local_samples_accumulated)
+        return 1 / (self._accumulated_weight or 1.0)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Begin the round; `end_round` has to follow."""
@@ -386,7 +398,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
         """Begin to accumulate anew, from zero."""
         self._accumulators_used_in_step = False
         self.local_samples_accumulated = self.local_times_accumulated = 0
-        self._anchor_batch_size = None
+        self._accumulated_weight = 0.0
         self._local_accumulators = None
 
     def restore_own_gradient(self) -> None:

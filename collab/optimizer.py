@@ -281,6 +281,15 @@ class SwarmOptimizer(hivemind.Optimizer):
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
 
+    def step(self, *args: Any, weight: float | None = None, **kwargs: Any) -> Any:
+        """Count a micro-batch, and make a global step if the swarm has its target batch.
+
+        :param weight: of the micro-batch among those of this peer; None: its samples (`batch_size`). Peers among each
+          other count by samples.
+        """
+        self.grad_averager.weight = weight
+        return super().step(*args, **kwargs)
+
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> Tracker:
         return Tracker(
             dht=self.dht,

@@ -48,12 +48,12 @@ class SpikeGuard:
         self._healthy: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row = self._dropped = 0
         self._on_trial = False  # since it went back, no step was healthy
-        self._sum, self._samples = 0.0, 0
+        self._sum, self._weights = 0.0, 0.0
 
-    def add(self, loss: float, samples: int) -> None:
+    def add(self, loss: float, weight: float) -> None:
         """Count the mean loss of a micro-batch that goes into this global step."""
-        self._sum += loss * samples
-        self._samples += samples
+        self._sum += loss * weight
+        self._weights += weight
         self._dropped = 0
 
     def drop(self) -> bool:
@@ -63,9 +63,9 @@ class SpikeGuard:
 
     def close(self, step: int) -> None:
         """Judge the global step that was made just now, if this peer had samples in it."""
-        if self._samples:
-            self._judge(step, self._sum / self._samples)
-        self._sum, self._samples = 0.0, 0
+        if self._weights:
+            self._judge(step, self._sum / self._weights)
+        self._sum, self._weights = 0.0, 0.0
 
     @property
     def is_settled(self) -> bool:
@@ -91,7 +91,7 @@ class SpikeGuard:
 
     def took_over(self) -> None:
         """The weights are another peer's from now on."""
-        self._in_a_row, self._sum, self._samples = 0, 0.0, 0
+        self._in_a_row, self._sum, self._weights = 0, 0.0, 0.0
 
     def start_over(self) -> None:
         """Forget what losses are like, because the data or the rules have changed."""

@@ -93,8 +93,11 @@ class Task(Protocol):
     def tokens(self, batch: Batch) -> int:
         """The tokens (or whatever samples are made of) in a batch on the CPU, padding left out: what speed counts."""
 
+    def weight(self, batch: Batch) -> int:
+        """Over how many predictions the loss of a batch is a mean: so much it counts among other batches."""
+
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The loss to minimise, a scalar: the mean over the samples of `batch`, which is on the model's device."""
+        """The loss to minimise, a scalar: the mean over all predictions. `batch` is on the model's device."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model, and what is needed to use it, such that plain transformers opens `folder`."""

@@ -161,6 +161,10 @@ class MaskedLM:
     def tokens(self, batch: dict[str, torch.Tensor]) -> int:
         return int(batch["attention_mask"].sum())
 
+    def weight(self, batch: dict[str, torch.Tensor]) -> int:
+        """Masked tokens. By samples, tokens of short texts would count more: they share batches with their like."""
+        return int((batch["labels"] >= 0).sum())
+
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"].flatten()
         positions = (labels >= 0).nonzero().squeeze(1)

@@ -94,6 +94,24 @@ def test_the_mean_over_uneven_micro_batches_is_that_over_samples(sizes: list[int
     assert torch.allclose(stock, right) == (len(set(sizes)) == 1), "upstream has mended it"
 
 
+def test_micro_batches_can_count_by_something_else_than_samples() -> None:
+    """Batches of short texts have more samples, whose few tokens would count for more than those of long texts."""
+    averager = Averager(
+        [torch.nn.Parameter(torch.zeros(1))], progress_key="test", lag=0, dht=None, prefix="test", client_mode=False,
+        start=False,
+    )  # fmt: skip
+    for _round in range(2):  # nothing is left of the first one
+        for samples, weight, gradient in [(40, 20.0, 1.0), (10, 40.0, 4.0)]:
+            averager.parameters[0].grad = torch.tensor([gradient])
+            averager.weight = weight
+            averager.accumulate_grads_(samples)
+        assert averager.local_samples_accumulated == 50, "the swarm counts samples"
+        averager.load_accumulators_into_averager_()
+        with averager.get_tensors() as [tensor]:
+            assert tensor.item() == pytest.approx((20 * 1 + 40 * 4) / 60)
+        averager.reset_accumulated_grads_()
+
+
 def guarded() -> tuple[StepGuard, torch.nn.Parameter, torch.optim.Optimizer]:
     param = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
     optimizer = torch.optim.AdamW([param], lr=0.1, weight_decay=0.1)

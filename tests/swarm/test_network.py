@@ -95,7 +95,9 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
         own = ("--public_name", name, "--threads", "1", "--initial_peers", line.split()[-1])
         return start(swarm, namespace, name, "run_trainer.py", *own)
 
-    inside, outside = volunteer(network.open, "inside"), volunteer(network.closed, "outside")
+    inside = volunteer(network.open, "inside")
+    inside.wait_for_output("step 1/", timeout=90)  # a client that is there first has nobody to hand out its state
+    outside = volunteer(network.closed, "outside")
     outside.wait_for_output("peers 2/2", timeout=90)
 
     def together() -> list[dict[str, float]]:

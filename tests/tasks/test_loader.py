@@ -42,8 +42,8 @@ class Numbers:
 def load() -> Iterator[Callable[..., Loader]]:
     loaders: list[Loader] = []
 
-    def load(stream: Numbers, stop: object = False) -> Loader:
-        loaders.append(Loader(stream, stop))
+    def load(stream: Numbers, stop: object = False, pinned: bool = False) -> Loader:
+        loaders.append(Loader(stream, stop, pinned))
         return loaders[-1]
 
     yield load
@@ -110,6 +110,20 @@ def test_closing_ends_the_wait_for_a_batch(load):
     loader = load(stream)
     loader.close()
     until(lambda: not loader._thread.is_alive())
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_for_a_gpu_are_pinned_before_they_are_asked_for(load, monkeypatch, pinned):
+    threads: list[str] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:  # needs a GPU
+        threads.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    loader = load(Numbers(), pinned=pinned)
+    assert [number(next(loader)) for _ in range(3)] == [0, 1, 2]
+    assert set(threads) == ({"batches"} if pinned else set())
 
 
 def test_being_told_to_stop_ends_the_wait_too(load):
