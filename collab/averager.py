@@ -507,6 +507,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         with self.lock_optimizer:  # not in the middle of a step; the locks in the order in which `_do` takes them
             metadata, live, infos = super().get_current_state()
             metadata["went_back_at"] = self.went_back_at
+            # Upstream counts a global step when its round begins; the schedule has counted those that are made.
+            metadata["epoch"] = self.scheduler._step_count - 1
             with torch.no_grad(), self.lock_averaged_tensors:
                 tensors = [torch.empty_like(tensor).share_memory_().copy_(tensor) for tensor in live]
         if self.held_step is not None:

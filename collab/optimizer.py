@@ -588,7 +588,7 @@ class SwarmOptimizer(hivemind.Optimizer):
                 loaded += self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
                 self._look_who_is_there()
                 behind = self.tracker.global_epoch - self.local_epoch
-                if (loaded and behind <= 1) or loaded == 2:
+                if (loaded and behind <= 0) or loaded == 2:
                     break
                 if behind <= 0 and self.has_state and not self._must_reload:
                     break

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import multiprocessing
+import threading
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hivemind.averaging.partition import TensorPartReducer
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
+from torch.optim.lr_scheduler import LambdaLR
 
 from collab.averager import SNAPSHOT_STEPS, Averager, Reducer, StateAverager
 from collab.optimizer import StepGuard
@@ -163,6 +165,25 @@ def donor(monkeypatch: pytest.MonkeyPatch) -> StateAverager:
 
     monkeypatch.setattr(TrainingStateAverager, "_get_current_state_from_host_process", fetch)
     return averager
+
+
+def test_a_state_has_the_number_of_the_step_in_it(donor: StateAverager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream counts a global step when its round begins: a newcomer would lack that update for good."""
+    monkeypatch.setattr(StateAverager, "get_group_bits", lambda self: "")
+    param = torch.nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([param], lr=1.0)
+    donor.__dict__.update(
+        optimizer=inner, scheduler=LambdaLR(inner, lambda step: 1.0), extra_tensors=(), parameter_names=("param",),
+        lock_optimizer=threading.Lock(), lock_averaged_tensors=threading.Lock(), local_epoch=0,
+    )  # fmt: skip
+    for step in (1, 2):
+        donor.local_epoch = step  # the round has begun
+        assert donor.get_current_state()[0]["epoch"] == step - 1
+        param.grad = torch.ones(2)
+        inner.step()
+        TrainingStateAverager._update_scheduler(donor)
+        metadata, [tensor, *_], _ = donor.get_current_state()
+        assert metadata["epoch"] == step and torch.equal(tensor, torch.full((2,), -float(step)))
 
 
 def test_newcomers_at_the_same_time_get_one_copy_and_later_ones_another(donor: StateAverager) -> None:

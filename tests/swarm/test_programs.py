@@ -105,7 +105,7 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
         auxiliary, address = swarm.start_auxiliary(config)
         trainers = [swarm.start_trainer(name, address, "--precision", name) for name in ("bfloat16", "float16")]
         assert [program.wait(90) for program in (*trainers, auxiliary)] == [0, 0, 0], auxiliary.output()
-        assert "(float16)" in trainers[1].output() and "NOT averaged" not in trainers[1].output()
+        assert "Computes in float16" in trainers[1].output() and "NOT averaged" not in trainers[1].output()
         assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repos["community/test"].tree("step-3"))
 
         # Without an auxiliary peer, the published checkpoint is what a trainer can go on from.
