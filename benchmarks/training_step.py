@@ -50,7 +50,8 @@ MODEL: dict[str, Any] = dict(
     bos_token_id=2, eos_token_id=3,
 )  # fmt: skip
 VOCABULARY, LENGTH = 32_000, 512
-MICRO_BATCH, SAMPLES_A_STEP = 8, 64  # of one peer
+MICRO_BATCH, SAMPLES_A_STEP = 8, 96  # of one peer
+MICRO_BATCH_IN_SWARM = 2  # a call of 0.6 s, as a trainer would choose: the other peer waits for it
 SHORT = 300  # characters
 CHARACTERS = 24_000_000
 OLD_BYTES = 400_000  # of text that (a) repeats: its batches are made before the clock runs
@@ -110,7 +111,7 @@ def as_in_2021(texts: list[str], folder: Path) -> Loop:
     return Loop(turns().__next__)
 
 
-def ours(settings: dict[str, Any], folder: Path, ways: list[Way]) -> dict[Way, Loop]:
+def ours(settings: dict[str, Any], folder: Path, ways: list[Way], micro_batch: int) -> dict[Way, Loop]:
     """Our task, loader and step in a loop without peers; one loop for each way, over the same model and text."""
     task = MaskedLM(settings, folder, folder)
     step = TrainingStep([task], [CPU], ways[0])
@@ -118,26 +119,27 @@ def ours(settings: dict[str, Any], folder: Path, ways: list[Way]) -> dict[Way, L
     for param in task.model.parameters():
         param.grad = torch.zeros_like(param)
     sums = [torch.zeros_like(param) for param in task.model.parameters()]
-    batches = Loader(task.batches(lambda: MICRO_BATCH, "benchmark", step=lambda: 0))
-    accumulated = 0
+    batches = Loader(task.batches(lambda: micro_batch, "benchmark", step=lambda: 0))
+    accumulated = weights = 0
 
     def turn(way: Way) -> int:
-        nonlocal accumulated
+        nonlocal accumulated, weights
         if step.way != way:
             step.way = way
         batch = next(batches)
+        weight = task.weight(batch)
         step(batch)
         gradients = [param.grad for param in task.model.parameters() if param.grad is not None]
-        torch._foreach_add_(sums, gradients, alpha=size_of(batch))
-        accumulated += size_of(batch)
+        torch._foreach_add_(sums, gradients, alpha=weight)
+        accumulated, weights = accumulated + size_of(batch), weights + weight
         if accumulated >= SAMPLES_A_STEP:
             for param, total in zip(task.model.parameters(), sums, strict=True):
                 assert param.grad is not None
-                param.grad.copy_(total.div_(accumulated))
+                param.grad.copy_(total.div_(weights))
                 total.zero_()
             torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
             optimizer.step()
-            accumulated = 0
+            accumulated = weights = 0
         return task.tokens(batch)
 
     return {way: Loop(partial(turn, way)) for way in ways}
@@ -147,7 +149,7 @@ def compare(report: Report, name: str, texts: list[str], config: Path, folder: P
     """(a) and (b) in turn."""
     settings = agreed_settings(read_config(config))
     ways = possible_ways("auto", CPU)
-    old, new = as_in_2021(texts, folder), ours(settings, folder, ways)
+    old, new = as_in_2021(texts, folder), ours(settings, folder, ways, MICRO_BATCH)
     rates: dict[Way | None, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for way in (None, *ways):
@@ -172,7 +174,7 @@ def plain_peer(core: int, config: Path, folder: Path, seconds: int, result: Any)
     """(b) in a process of its own, pinned to a core."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    loop = ours(agreed_settings(read_config(config)), folder, [Way()])[Way()]
+    loop = ours(agreed_settings(read_config(config)), folder, [Way()], MICRO_BATCH_IN_SWARM)[Way()]
     loop.run(5.0)
     result.put(loop.run(seconds)[1])
 
@@ -195,8 +197,8 @@ def in_swarm(config: Path, scratch: Path) -> float:
     """Tokens a second of two trainers that average with each other; the median over steps in which both were there."""
     logs = [scratch / f"peer-{number}-{time.monotonic_ns()}.log" for number in range(PEERS)]
     own = [
-        "--threads", "1", "--precision", "float32", "--micro_batch_size", str(MICRO_BATCH), "--host_maddrs", LOOPBACK,
-        "--cache_dir", str(scratch / "cache"),
+        "--threads", "1", "--precision", "float32", "--micro_batch_size", str(MICRO_BATCH_IN_SWARM),
+        "--host_maddrs", LOOPBACK, "--cache_dir", str(scratch / "cache"),
     ]  # fmt: skip
     peers: list[subprocess.Popen[bytes]] = []
     try:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ class TrainingStep:
         self.model = replicas[0].model
         self._devices = list(devices)
         self._losses: list[Callable[[Batch], torch.Tensor]] = [replica.loss for replica in replicas]
-        self._compiled = [torch.compile(loss, dynamic=True) for loss in self._losses]
+        self._compiled: list[Callable[[Batch], torch.Tensor]] = []
         self._params = [_trained(replica.model) for replica in replicas]
         self._threads = ThreadPoolExecutor(len(replicas), "device") if len(replicas) > 1 else None
         # Losses are scaled for float16 only, whose small gradients would be zero, and gradients are unscaled at once.
@@ -96,6 +96,9 @@ class TrainingStep:
     def way(self, way: Way) -> None:
         self._way = way
         self._scaler = torch.amp.GradScaler(self._devices[0].type, enabled=way.precision == torch.float16)
+        self._scaler.scale(torch.zeros((), device=self._devices[0]))  # now, not in several threads at once
+        if way.compiled and not self._compiled:  # the compiler takes a second to load
+            self._compiled = [torch.compile(loss, dynamic=True) for loss in self._losses]
 
     def __call__(self, batch: Batch) -> Passes:
         """Both passes over `batch`: tensors on any device, the first dimension of each is that of the samples.
@@ -140,7 +143,9 @@ class TrainingStep:
                         mine.grad = None
             return self._passes(index, parts[index], size_of(parts[index]) / samples)
 
-        losses = list(self._threads.map(work, range(len(parts))))
+        works = [self._threads.submit(work, index) for index in range(len(parts))]
+        wait(works)  # also if memory runs out on one of them
+        losses = [each.result() for each in works]
         for params in self._params[1 : len(parts)]:
             for total, part in zip(self._params[0], params, strict=True):
                 if part.grad is not None:
