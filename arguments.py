@@ -269,10 +269,8 @@ class SwarmArguments:
         require(self.average_state_every >= 1, "average_state_every", self.average_state_every, "at least 1")
         require(
             self.rollback_after == 0 or self.rollback_after >= 2,
-            "rollback_after",
-            self.rollback_after,
-            "0 or at least 2",
-        )
+            "rollback_after", self.rollback_after, "0 or at least 2",
+        )  # fmt: skip
         require(
             self.snapshot_every >= max(1, self.rollback_after),
             "snapshot_every", self.snapshot_every, f"at least rollback_after ({self.rollback_after})",

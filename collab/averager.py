@@ -323,7 +323,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
       the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is their weighted
       mean, by samples or by what `weight` says.
     - *Retries.* Upstream repeats a failed all-reduce with tensors that are half averaged already
-      (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from the copy.
+      (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from what it keeps.
     """
 
     _before_round: Sequence[torch.Tensor] | None = None
@@ -376,7 +376,6 @@ class Averager(_MeetsTheSwarm, GradientAverager):
         """Add the parameters' gradients, those of a micro-batch with so many samples."""
         weight = batch_size if self.weight is None else self.weight
         self.local_samples_accumulated += batch_size
-        self.local_times_accumulated += 1
         self._accumulated_weight += weight
         for accumulator, gradient in zip(self._grad_accumulators(), self._grads_from_parameters(), strict=True):
             accumulator.add_(gradient.to(accumulator.device), alpha=weight)
@@ -396,8 +395,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     @torch.no_grad()
     def reset_accumulated_grads_(self) -> None:
         """Begin to accumulate anew, from zero."""
-        self._accumulators_used_in_step = False
-        self.local_samples_accumulated = self.local_times_accumulated = 0
+        self.local_samples_accumulated = 0
         self._accumulated_weight = 0.0
         self._local_accumulators = None
 
@@ -472,9 +470,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         :returns: whether a state was loaded. Upstream does not tell.
         """
         self._loaded = False
-        self._outer_pipe.send(
-            ("_pass_over", [self.doubtful, self.not_before], {})
-        )  # a call that the averager's process makes
+        # A call that the averager's process makes.
+        self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before], {}))
         try:
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training

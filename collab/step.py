@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from collab.device import PRECISIONS, pick_precision
 from collab.errors import UserError
-from collab.tuning import Batch, no_trace, size_of, split, unless_out_of_memory
+from collab.tuning import Batch, no_trace, seconds_of, size_of, split
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +105,13 @@ class TrainingStep:
 
         :raises RuntimeError: memory ran out (`unless_out_of_memory`).
         """
-        for param in self._params[0]:
-            if param.grad is not None:  # the buffers stay: hivemind's averager reads them
-                param.grad.zero_()
+        self.model.zero_grad(set_to_none=False)
         loss = self._passes(0, batch, 1.0) if self._threads is None else self._on_all_devices(batch)
-        if self._scaler.is_enabled():
-            self._scaler.unscale_(self._listing)
+        self._scaler.unscale_(self._listing)
         gradients = [param.grad for param in self._params[0] if param.grad is not None]
         # One reduction over all of them: the norm is finite if and only if every value is (or overflowed by summing).
         finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if self._scaler.is_enabled():
-            self._scaler.update()
+        self._scaler.update()
         return Passes(loss.item(), finite)
 
     def _passes(self, index: int, batch: Batch, share: float) -> torch.Tensor:
@@ -204,10 +200,8 @@ class TrainingStep:
         return f"Compiled, which is {gain:.2f}x as fast and was {kept}; trying it took {took:.0f} s"
 
     def _seconds(self, batch: Batch) -> float:
-        began = time.monotonic()
-        if unless_out_of_memory(self, batch) is None:
-            return math.inf
-        return time.monotonic() - began
+        took = seconds_of(self, batch)
+        return math.inf if took is None else took
 
 
 def possible_ways(wanted: str, device: torch.device, allowed: Sequence[str] = tuple(PRECISIONS)) -> list[Way]:

@@ -106,12 +106,7 @@ def tune_micro_batch(
     def try_batch(size: int) -> float | None:
         rows = torch.arange(size) % samples
         batch = {key: tensor[rows] for key, tensor in trial.items()}
-        call_began = time.monotonic()
-        if unless_out_of_memory(call, batch) is None:
-            return None
-        if not on_cpu:
-            torch.accelerator.synchronize()
-        return time.monotonic() - call_began
+        return seconds_of(call, batch)
 
     with no_trace(model):
         size, seconds = find_micro_batch_size(
@@ -184,6 +179,16 @@ def _choose(seconds: Mapping[int, float], longest: float) -> int:
         if seconds[size] <= longest and growth >= wanted:
             best = size
     return best
+
+
+def seconds_of(call: Callable[[Batch], Any], batch: Batch) -> float | None:
+    """How long `call` takes, with all that it leaves to a GPU; None if memory ran out."""
+    began = time.monotonic()
+    if unless_out_of_memory(call, batch) is None:
+        return None
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.monotonic() - began
 
 
 def unless_out_of_memory(call: Callable[[Batch], T], batch: Batch) -> T | None:
