@@ -25,6 +25,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.assistant import Assistant
+from collab.background import Repeated
 from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
@@ -33,6 +34,8 @@ from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
 from collab.errors import UserError
 from collab.files import write_bytes, write_text
+from collab.keeper import Keeper, Saved
+from collab.lease import Lease
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
 from collab.metrics import announce_saved, metrics_validators, read_records
@@ -41,10 +44,11 @@ from collab.monitor import Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
 from collab.page import PeerView, Round, RunView, render_page
 from collab.peer import Peer
-from collab.processes import StopSignal, guard_children, run_program
+from collab.processes import StopSignal, guard_children, restart_program, run_program
 from collab.public_address import public_addresses
-from collab.publish import Publisher
+from collab.publish import Publisher, Publishing
 from collab.reachability import start_peer
+from collab.recorder import Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
@@ -53,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 PAGE_SECONDS = 2.0
+WELCOME_SECONDS = 5.0
+LOST_SECONDS = 30.0  # without a word from libp2p's daemon; it answers in milliseconds
 KEPT_CHECKPOINTS = 3
 NOTEBOOK = Path(__file__).parent / "notebooks" / "volunteer.ipynb"
 PEERS = "peers.txt"  # in the run's folder: addresses of the others, for the next start
@@ -122,12 +128,11 @@ def main() -> None:
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
         )
-        assistant = Assistant(optimizer)
         publisher = Publisher(mine.repo_id) if mine.repo_id else None
         monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
         contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
-        started, page_written, saved_step, checkpoint = time.time(), 0.0, optimizer.local_epoch, None
+        started = time.time()
 
         join_line = join_command(peer, manifest)
         console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
@@ -135,19 +140,49 @@ def main() -> None:
         write_text(run_folder / "join.txt", join_line + "\n")
         notebook = NOTEBOOK.read_text(encoding="utf-8").replace("ADDRESS", " ".join(peer.addresses()))
         write_text(run_folder / NOTEBOOK.name, notebook)
+
+        # ---- the duties: each goes on by itself, whatever becomes of the others
+        def keep(step: int) -> Path:
+            names = list(contributions.of_names())
+            folder = save(task, optimizer.state_dict(), step, monitor, names, run_folder, settings, mine, join_line)
+            announce_saved(peer, run_id, step)
+            console.line(f"Saved the state of global step {step} to {folder}")
+            return folder
+
+        def tell(made: StepSummary) -> None:
+            console.line(step_line(made, settings["max_global_steps"], started))
+
+        welcome = Repeated("Welcoming newcomers", peer.addresses, WELCOME_SECONDS)
+        recorder = Recorder(peer, run_id, monitor, contributions, trackers, tell)
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
+        assistant = Assistant(optimizer)
+        keeper = Keeper(
+            optimizer, assistant, monitor, keep,
+            every=mine.save_every,
+            last_step=lambda: settings["max_global_steps"],
+            timeout=settings["averaging_timeout"],
+        )  # fmt: skip
 
-        # ---- watch: one turn is one look at the swarm
+        def show(finished: bool = False) -> None:
+            view = look(task, monitor, settings, started, join_line, keeper.newest, trackers.where(), finished)
+            write_text(run_folder / "page.html", render_page(view))
+            if others := lookout.addresses():
+                write_text(run_folder / PEERS, "\n".join(others) + "\n")
+
+        page = Repeated("Writing the page", show, PAGE_SECONDS)
+        duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
+        if publisher:
+            lease = Lease(peer, manifest.swarm_id, "publishing")
+            publishing = Publishing(publisher, keeper, lease)
+            duties += [publishing, lease]
+
+        # ---- watch
+        is_lost = False
         try:
-            complete_since: float | None = None
-            while not stop and saved_step < (last_step := settings["max_global_steps"]):
+            while not (stop or keeper.complete.is_set() or is_lost):
                 stop.wait(POLL_SECONDS)
-                records = read_records(peer, run_id)
-                contributions.update(records)
-                for made in monitor.update(records):
-                    trackers.log(made.as_metrics(), made.step)
-                    console.line(step_line(made, last_step, started))
+                is_lost = welcome.health.silent_seconds > LOST_SECONDS
                 if (wanted := changes.manifest.settings_at(monitor.step)) != settings:
                     with assistant.paused(timeout=settings["averaging_timeout"]) as free:
                         if free:
@@ -155,49 +190,25 @@ def main() -> None:
                             settings = task.settings = wanted
                             optimizer.adopt(settings)
                             contributions.most = max(contributions.most, settings["target_batch_size"])
-                console.live(live_line(monitor, optimizer, last_step))
-                if monitor.step >= last_step and complete_since is None:
-                    complete_since = time.monotonic()
-                    assistant.stop()
-                if complete_since and time.monotonic() - complete_since > 2 * settings["averaging_timeout"]:
-                    console.line("No trainer is left that could hand over the last state")
-                    break
-                was_left = optimizer.went_back_to is not None and optimizer.went_back_to < saved_step
-                if monitor.step - saved_step >= mine.save_every or complete_since or was_left:
-                    with assistant.paused(timeout=settings["averaging_timeout"]) as free:
-                        loaded = free and optimizer.load_state_from_peers()
-                        if loaded and optimizer.local_epoch > saved_step:
-                            saved_step = optimizer.local_epoch
-                            names = list(contributions.of_names())
-                            checkpoint = save(task, optimizer, monitor, names, run_folder, settings, mine, join_line)
-                            announce_saved(peer, run_id, saved_step)
-                            console.line(f"Saved the state of global step {saved_step} to {checkpoint}")
-                    if loaded and checkpoint and publisher:
-                        publisher.submit(checkpoint, saved_step)
-                if time.monotonic() - page_written >= PAGE_SECONDS:
-                    page_written = time.monotonic()
-                    view = look(task, monitor, settings, started, join_line, checkpoint, trackers.where())
-                    write_text(run_folder / "page.html", render_page(view))
-                    if others := lookout.addresses():
-                        write_text(run_folder / PEERS, "\n".join(others) + "\n")
+                console.live(live_line(monitor, optimizer, settings["max_global_steps"]))
 
             # ---- leave: nothing that was reached is lost
-            if publisher and not publisher.close(timeout=60):
+            if publisher and not publishing.close(timeout=60):
                 console.line("The last checkpoint is not on the Hub yet; it is kept here")
         finally:
-            finished = monitor.step >= settings["max_global_steps"]
-            view = look(task, monitor, settings, started, join_line, checkpoint, trackers.where(), finished)
-            write_text(run_folder / "page.html", render_page(view))
-            summary_file = run_folder / "summary.json"
-            summary = sum_up(monitor, len(contributions.of_peers), started, checkpoint, join_line)
-            write_text(summary_file, json.dumps(summary, indent=2) + "\n")
+            for duty in duties:
+                duty.stop()
+            with contextlib.suppress(OSError, UserError):  # the disk may be full; the swarm shall hear the goodbye
+                show(finished=monitor.step >= settings["max_global_steps"])
+                summary = sum_up(monitor, len(contributions.of_peers), started, keeper.newest, join_line)
+                write_text(run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             trackers.close()
-            assistant.stop()
-            changes.stop()
-            lookout.stop()
             optimizer.leave()
+        if is_lost:
+            console.line("The connection to the swarm is broken on this side; starting anew ...")
+            restart_program()
         places = {
-            "checkpoint": checkpoint,
+            "checkpoint": keeper.newest and keeper.newest.folder,
             "page": run_folder / "page.html",
             **trackers.where(),
             "joined by": join_line,
@@ -259,7 +270,8 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
 
 def save(
     task: Task,
-    optimizer: SwarmOptimizer,
+    optimizer_state: dict[str, Any],
+    step: int,
     monitor: Monitor,
     names: list[str],
     run_folder: Path,
@@ -267,8 +279,7 @@ def save(
     mine: AuxArguments,
     join_command: str,
 ) -> Path:
-    """Write the state that the optimizer holds to a folder of its own, and remove the oldest ones."""
-    step = optimizer.local_epoch
+    """Write the state of a global step to a folder of its own, and remove the oldest ones."""
     folder = run_folder / "checkpoints" / f"step-{step:07d}"
     about = task.description()
     card = model_card(
@@ -291,7 +302,7 @@ def save(
     save_checkpoint(
         folder,
         save_pretrained=task.save_pretrained,
-        optimizer_state=optimizer.state_dict(),
+        optimizer_state=optimizer_state,
         trainer_state={
             "run_id": settings["run_id"],
             "global_step": step,
@@ -339,7 +350,7 @@ def look(
     settings: dict[str, Any],
     started: float,
     join_command: str,
-    checkpoint: Path | None,
+    checkpoint: Saved | None,
     trackers: dict[str, str],
     finished: bool = False,
 ) -> RunView:
@@ -370,12 +381,12 @@ def look(
             for record in monitor.live
         ],
         join_command=join_command,
-        checkpoint=str(checkpoint) if checkpoint else None,
+        checkpoint=str(checkpoint.folder) if checkpoint else None,
         tracker="; ".join(trackers.values()),
     )
 
 
-def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Path | None, join_command: str) -> dict[str, Any]:
+def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | None, join_command: str) -> dict[str, Any]:
     """What `summary.json` says of the run."""
     history = monitor.history
     return {
@@ -387,7 +398,7 @@ def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Path | None
         "rounds_averaged": sum(s.peers_averaged == s.peers and s.peers_met > 1 for s in history),
         "rounds_alone": sum(s.peers_alone for s in history),
         "wall_seconds": round(time.time() - started, 1),
-        "checkpoint": str(checkpoint) if checkpoint else None,
+        "checkpoint": str(checkpoint.folder) if checkpoint else None,
         "join_command": join_command,
     }
 

@@ -1,19 +1,16 @@
 """An auxiliary peer's part in the averaging: it computes averages for the others, and puts in nothing of its own."""
 
-import logging
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from collab.background import Background
 from collab.optimizer import SwarmOptimizer
-
-logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 0.2
 
 
-class Assistant(threading.Thread):
+class Assistant(Background):
     """Takes part in every averaging round, in the background, until `stop`.
 
     Peers in client mode can only average through a peer that accepts connections; with an assistant in the swarm
@@ -23,28 +20,19 @@ class Assistant(threading.Thread):
     """
 
     def __init__(self, optimizer: SwarmOptimizer) -> None:
-        super().__init__(name="assistant", daemon=True)
+        super().__init__("Assisting", PAUSE_SECONDS)
         self.rounds = 0
         """Rounds in which it helped."""
-        self.failures: Counter[str] = Counter()
-        """What went wrong, and how often."""
         self._optimizer = optimizer
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
         self.start()
 
-    def run(self) -> None:
-        while not self._stopped.wait(PAUSE_SECONDS):
-            with self._lock:
-                try:
-                    self._take_a_turn()
-                except Exception as error:  # noqa: BLE001 - the run must outlive whatever one round brings
-                    reason = f"{type(error).__name__}: {error}"
-                    self.failures[reason] += 1
-                    if self.failures[reason] == 1:
-                        logger.warning("Assisting failed, and goes on: %s", reason)
-
     def _take_a_turn(self) -> None:
+        with self._lock:
+            if not self._stopped.is_set():
+                self._assist()
+
+    def _assist(self) -> None:
         optimizer = self._optimizer
         trainers_step = optimizer.tracker.trainers_step
         if trainers_step > optimizer.local_epoch or 0 <= trainers_step < optimizer.local_epoch - 1:
@@ -66,9 +54,10 @@ class Assistant(threading.Thread):
             if free:
                 self._lock.release()
 
-    def stop(self) -> None:
-        """No further turns, and no more waiting for a group; returns at once."""
+    def stop(self, timeout: float = 0.0) -> None:
+        """No further turns, and no more waiting for a group."""
         self._stopped.set()
         pending = self._optimizer.scheduled_grads
         if pending is not None and not pending.done():
             pending.cancel()
+        super().stop(timeout)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+import threading
 import time
 
 import psutil
@@ -11,7 +12,9 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 class Console:
-    """Prints to standard output. On a terminal `live` rewrites the last line; into a log it writes one now and then.
+    """Prints to standard output, from any thread.
+
+    On a terminal `live` rewrites the last line; into a log it writes one now and then.
 
     :param quiet_seconds: without a terminal, at least this long between two live lines: a log shows that the program
       is alive without growing fast.
@@ -22,20 +25,23 @@ class Console:
         self.quiet_seconds = quiet_seconds
         self._live_shown = False
         self._last_print = time.monotonic()
+        self._lock = threading.RLock()
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._clear()
-        print(text, flush=True)
-        self._last_print = time.monotonic()
+        with self._lock:
+            self._clear()
+            print(text, flush=True)
+            self._last_print = time.monotonic()
 
     def live(self, text: str) -> None:
         """The moving line: replaces the previous one."""
         if self.is_terminal:
-            self._clear()
             width = shutil.get_terminal_size().columns - 1
-            print(text[:width], end="", flush=True)
-            self._live_shown = True
+            with self._lock:
+                self._clear()
+                print(text[:width], end="", flush=True)
+                self._live_shown = True
         elif time.monotonic() - self._last_print >= self.quiet_seconds:
             self.line(text)
 

@@ -106,6 +106,13 @@ def _name_process(name: bytes) -> None:
         ctypes.CDLL(None).prctl(pr_set_name, name, 0, 0, 0)
 
 
+def restart_program() -> NoReturn:
+    """Begin anew with the same arguments, in the same process; its children end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main()` and end it: a UserError as one clear message and status 1, a forced Ctrl-C as 130."""
     status = 0

@@ -1,6 +1,7 @@
 """Uploading checkpoints to the Hugging Face Hub beside the run, so that no outage there ever stops it."""
 
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -13,10 +14,15 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from collab.background import Background
 from collab.errors import UserError
+from collab.keeper import Keeper
+from collab.lease import Lease
 
 logger = logging.getLogger(__name__)
 
+PERIOD = 1.0
+PATIENCE = 300.0  # seconds after which another peer publishes as well, if the one that should has not
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0  # seconds between attempts, doubled after each one
 REFUSED = (401, 403)
 WORTH_ANOTHER_TRY = (408, 409, 412, 425, 429)  # beside 5xx: too slow, a concurrent commit, too early, rate limit
@@ -179,6 +185,35 @@ class Publisher:
     def _report(self, message: str) -> None:
         self.errors += 1
         logger.warning("%s", message)
+
+
+class Publishing(Background):
+    """Hands the newest checkpoint to the publisher while this peer holds the lease, in the background until `stop`.
+
+    A holder that publishes nothing cannot keep the others from it: after `PATIENCE` seconds each of them does it too.
+    """
+
+    def __init__(self, publisher: Publisher, keeper: Keeper, lease: Lease) -> None:
+        super().__init__("Publishing", PERIOD)
+        self._publisher, self._keeper, self._lease = publisher, keeper, lease
+        self._submitted = -1
+        self._waits_since = math.inf
+        self.start()
+
+    def _take_a_turn(self) -> None:
+        newest = self._keeper.newest
+        if newest is None or newest.step == self._submitted:
+            return
+        self._waits_since = min(self._waits_since, time.monotonic())
+        if self._lease.is_mine or time.monotonic() - self._waits_since > PATIENCE:
+            self._publisher.submit(newest.folder, newest.step)
+            self._submitted, self._waits_since = newest.step, math.inf
+
+    def close(self, timeout: float) -> bool:
+        """Finish what waits, for at most `timeout` seconds; True if nothing that this peer has to publish is left."""
+        self.stop()
+        self._take_a_turn()
+        return self._publisher.close(timeout)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -1,0 +1,28 @@
+"""The auxiliary peer's duties fail and go on, each by itself; several auxiliary peers take each other's place."""
+
+import psutil
+import pytest
+
+from collab.trackers import read_history
+from tests.swarm.conftest import Swarm
+
+pytestmark = pytest.mark.swarm
+
+
+def test_an_auxiliary_peer_whose_daemon_died_starts_anew_and_its_history_has_no_gap(swarm: Swarm) -> None:
+    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
+    trainer = swarm.start_trainer("trainer", address)
+    auxiliary.wait_for_output("step    2/1000")
+    children = psutil.Process(auxiliary.process.pid).children(recursive=True)
+    [daemon] = [child for child in children if "p2pd" in child.name()]
+    daemon.kill()
+    auxiliary.wait_for_output("starting anew", timeout=90)
+    auxiliary.wait_for_output("The run test is open", times=2, timeout=60)
+    steps_before = trainer.output().count("\nstep ")
+    auxiliary.wait_for_output("step ", times=auxiliary.output().count("step ") + 3, timeout=90)
+    assert trainer.output().count("\nstep ") > steps_before, "training stood still"
+    steps = [entry["step"] for entry in read_history(swarm.folder / "run" / "metrics.jsonl")]
+    assert steps == sorted(set(steps)), steps
+    for program in (trainer, auxiliary):
+        program.interrupt()
+        assert program.wait(60) == 0, program.output()
