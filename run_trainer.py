@@ -270,6 +270,8 @@ def main() -> None:
                         optimizer.reload("this peer's model is another one than most have", astray=True)
 
             # ---- leave: what was begun of the next global step comes again, with the same masks and dropout
+            if settings["delay_optimizer_step"]:
+                optimizer.finish()
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)

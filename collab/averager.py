@@ -229,6 +229,7 @@ class _MeetsTheSwarm(DecentralizedAverager):
         self._progress_key, self._lag = progress_key, lag
         self._max_weight = multiprocessing.RawValue("d", max_weight)  # rounds run in a process of their own
         self._tally: RoundTally | None = None
+        self._steps: dict[asyncio.Task[Any], StepControl] = {}
         super().__init__(*args, **kwargs)
 
     @property
@@ -245,7 +246,10 @@ class _MeetsTheSwarm(DecentralizedAverager):
         give_back_freed_memory()
         super().run_in_background(*args, **kwargs)
 
-    async def _step(self, **kwargs: Any) -> None:
+    async def _step(self, *, step: StepControl, **kwargs: Any) -> None:
+        # Upstream repeats a failed all-reduce with tensors that are half averaged already, and one that cannot succeed
+        # any more, because the others have gone on, some 200 times a second (averaging/averager.py, `_step`).
+        step._allow_retries = False
         if not isinstance(self._matchmaking, SwarmMatchmaking):
             self._matchmaking = SwarmMatchmaking(
                 self._p2p,
@@ -258,10 +262,27 @@ class _MeetsTheSwarm(DecentralizedAverager):
                 lag=self._lag,
                 **self.matchmaking_kwargs,
             )
+        task = asyncio.current_task()
+        assert task is not None
+        self._steps[task] = step
         try:
-            await super()._step(**kwargs)
+            await super()._step(step=step, **kwargs)
         finally:
+            del self._steps[task]
             give_back_freed_memory()
+
+    async def _shutdown(self, timeout: float | None) -> None:
+        """End the rounds that still run.
+
+        Upstream calls a method that they do not have, so that this process ends in the middle of an all-reduce, with
+        the lock on the tensors; and who waits for them never ends (averaging/averager.py, `_shutdown`).
+        """
+        for task, step in self._steps.items():
+            step.cancel()
+            task.cancel()
+        if self._steps:
+            await asyncio.wait(set(self._steps), timeout=timeout)
+        await super()._shutdown(timeout)
 
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> Any:
         """Shares of the work and waiting times follow from the links of the peers in the group."""
@@ -322,8 +343,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     - *Uneven micro-batches.* Upstream divides the sum of gradients by the number of micro-batches times the size of
       the first one (optim/grad_averager.py:141, 215): right only if all have that size. Here it is their weighted
       mean, by samples or by what `weight` says.
-    - *Retries.* Upstream repeats a failed all-reduce with tensors that are half averaged already
-      (averaging/averager.py, `_step`). Here a round is tried once; `retry` starts from what it keeps.
+    - *Retries.* A round is tried once; `retry` starts from what this peer gave to it.
     """
 
     _before_round: Sequence[torch.Tensor] | None = None
@@ -356,7 +376,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""
         said = [self.round_number, self.call_seconds, self.wish]
-        return super().schedule_step(scheduled_time, gather=said, allow_retries=False, **kwargs)
+        return super().schedule_step(scheduled_time, gather=said, **kwargs)
 
     def retry(self, weight: float, timeout: float) -> StepControl:
         """Begin the round anew with what this peer put into it before. The accumulators may hold later gradients."""

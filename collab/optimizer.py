@@ -331,10 +331,19 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.grad_averager.round_number = self.local_epoch + 1
         if self.auxiliary:
             self.tracker.report_presence(self.local_epoch)
-        if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
+        if self.tracker.global_progress.num_peers > 1 and not self._is_averaging:  # a lone peer need not look
             self.grad_averager.call_seconds = self.tracker.call_seconds
             self.grad_averager.wish = self._wish()
             super()._maybe_schedule_gradient_averaging()
+
+    @property
+    def _is_averaging(self) -> bool:
+        """Whether a global step is still being made in the background.
+
+        A peer that joined the next round's group already could not keep up with it: the others would average without
+        it and find it late again, in each of the rounds that follow.
+        """
+        return self.delay_grad_averaging and any(not update.done() for update in self.state_averager.pending_updates)
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
@@ -416,7 +425,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         step, snapshots = self.local_epoch, self.snapshots
         self.spikes.close(step)
         if snapshots is not None and step % snapshots.every == 0 and self.spikes.is_well and not self._must_reload:
-            self.state_averager.step(wait_for_delayed_updates=True)
+            self.finish()
             snapshots.save(step, self.opt)
 
     def _wish(self) -> int | None:
@@ -457,7 +466,7 @@ class SwarmOptimizer(hivemind.Optimizer):
                 averager.allow_state_sharing = False  # until the next checkpoint
             return
         self.spikes.went_back()
-        averager.step(wait_for_delayed_updates=True)
+        self.finish()
         with averager.get_tensors():  # nobody downloads half of it
             found = self.snapshots is not None and self.snapshots.restore(step, self.opt)
         if self.offload_optimizer:
@@ -656,7 +665,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self.snapshots is not None:
             self.snapshots.every = settings["snapshot_every"]
         averager = self.state_averager
-        averager.step(wait_for_delayed_updates=True)
+        self.finish()
         scheduler, schedule = averager.scheduler, _schedule_of(settings)
         scheduler.base_lrs = [settings["learning_rate"]] * len(scheduler.base_lrs)
         scheduler.lr_lambdas = [schedule] * len(scheduler.base_lrs)
@@ -669,6 +678,10 @@ class SwarmOptimizer(hivemind.Optimizer):
         with self.tracker.pause_updates():
             self.state_averager.local_epoch = step
             self.tracker.update_epoch(step)
+
+    def finish(self) -> None:
+        """Wait for the global step that is still made in the background, if any, and take it into the model."""
+        self.state_averager.step(wait_for_delayed_updates=True)
 
     def leave(self, timeout: float = LEAVE_SECONDS) -> bool:
         """Say goodbye and end the averagers, within `timeout` seconds.

@@ -139,3 +139,25 @@ def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:
     assert trainer.wait() == -signal.SIGKILL
     assert len(trainer.family) >= 4
     assert_no_survivors(trainer)
+
+
+def test_a_peer_that_was_late_once_is_not_late_for_ever_with_delayed_updates(peers: Peers) -> None:
+    steps, healed = 16, 5
+    settings: dict[str, Any] = {"delay_optimizer_step": True, "delay_grad_averaging": True, "average_state_every": 5}
+    programs = [peers.start(steps=steps, target_batch_size=1000, **settings) for _ in range(2)]
+    peers.go()
+
+    def told() -> str:
+        return "\n".join(program.output() for program in programs)
+
+    wait_until(lambda: min(peers.step(0), peers.step(1)) >= 4, 120, told)
+    programs[1].interrupt(signal.SIGSTOP)
+    frozen_at = peers.step(0)
+    wait_until(lambda: "nobody came" in programs[0].output() or peers.step(0) > frozen_at + 1, 60, told)
+    programs[1].interrupt(signal.SIGCONT)
+    for number, program in enumerate(programs):
+        assert program.wait(120) == 0, told()  # although a round may still run in the background
+        reports = peers.reports(number)[-healed:]
+        assert [report["met"] for report in reports] == [2] * healed, reports
+        assert [report["parts"] for report in reports] == [1.0] * healed, reports
+    assert told().count("already") < 50, "a round that cannot succeed any more was repeated"
