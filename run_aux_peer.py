@@ -35,7 +35,7 @@ from collab.contributions import PROTOCOL, Contributions
 from collab.errors import UserError
 from collab.files import write_bytes, write_text
 from collab.keeper import Keeper, Saved
-from collab.lease import Lease
+from collab.lease import LIFETIME, Lease
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
 from collab.metrics import announce_saved, metrics_validators, read_records
@@ -173,7 +173,7 @@ def main() -> None:
         page = Repeated("Writing the page", show, PAGE_SECONDS)
         duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
         if publisher:
-            lease = Lease(peer, manifest.swarm_id, "publishing")
+            lease = Lease(peer, manifest.swarm_id, "publishing", min(LIFETIME, settings["metadata_expiration"]))
             publishing = Publishing(publisher, keeper, lease)
             duties += [publishing, lease]
 
