@@ -144,7 +144,8 @@ def main() -> None:
         # ---- the duties: each goes on by itself, whatever becomes of the others
         def keep(step: int) -> Path:
             names = list(contributions.of_names())
-            folder = save(task, optimizer.state_dict(), step, monitor, names, run_folder, settings, mine, join_line)
+            swarm_id, state = manifest.swarm_id, optimizer.state_dict()
+            folder = save(task, state, swarm_id, step, monitor, names, run_folder, settings, mine, join_line)
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
             return folder
@@ -174,7 +175,7 @@ def main() -> None:
         duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
         if publisher:
             lease = Lease(peer, manifest.swarm_id, "publishing")
-            publishing = Publishing(publisher, keeper, lease)
+            publishing = Publishing(publisher, keeper, lease, run_folder / "checkpoints", manifest.swarm_id)
             duties += [publishing, lease]
 
         # ---- watch
@@ -271,6 +272,7 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
 def save(
     task: Task,
     optimizer_state: dict[str, Any],
+    swarm_id: str,
     step: int,
     monitor: Monitor,
     names: list[str],
@@ -305,6 +307,7 @@ def save(
         optimizer_state=optimizer_state,
         trainer_state={
             "run_id": settings["run_id"],
+            "swarm_id": swarm_id,
             "global_step": step,
             "samples": monitor.samples,
             "settings": settings,
