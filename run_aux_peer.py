@@ -32,6 +32,7 @@ from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_int
 from collab.console import Console, bar, duration, show_log
 from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
+from collab.curve import curve_png
 from collab.errors import UserError
 from collab.files import write_bytes, write_text
 from collab.keeper import Keeper, Saved
@@ -39,10 +40,10 @@ from collab.lease import LIFETIME, Lease
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
 from collab.metrics import announce_saved, metrics_validators, read_records
-from collab.modelcard import model_card
+from collab.modelcard import CURVE, model_card
 from collab.monitor import Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
-from collab.page import PeerView, Round, RunView, render_page
+from collab.page import PeerView, Round, RunView, loss_in_words, render_page
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, restart_program, run_program
 from collab.public_address import public_addresses
@@ -144,7 +145,8 @@ def main() -> None:
         # ---- the duties: each goes on by itself, whatever becomes of the others
         def keep(step: int) -> Path:
             names = list(contributions.of_names())
-            folder = save(task, optimizer.state_dict(), step, monitor, names, run_folder, settings, mine, join_line)
+            swarm_id, state = manifest.swarm_id, optimizer.state_dict()
+            folder = save(task, state, swarm_id, step, monitor, names, run_folder, settings, mine, join_line)
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
             return folder
@@ -174,7 +176,7 @@ def main() -> None:
         duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
         if publisher:
             lease = Lease(peer, manifest.swarm_id, "publishing", min(LIFETIME, settings["metadata_expiration"]))
-            publishing = Publishing(publisher, keeper, lease)
+            publishing = Publishing(publisher, keeper, lease, run_folder / "checkpoints", manifest.swarm_id)
             duties += [publishing, lease]
 
         # ---- watch
@@ -271,6 +273,7 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
 def save(
     task: Task,
     optimizer_state: dict[str, Any],
+    swarm_id: str,
     step: int,
     monitor: Monitor,
     names: list[str],
@@ -281,7 +284,8 @@ def save(
 ) -> Path:
     """Write the state of a global step to a folder of its own, and remove the oldest ones."""
     folder = run_folder / "checkpoints" / f"step-{step:07d}"
-    about = task.description()
+    about, rounds = task.description(), rounds_of(monitor)
+    curve = curve_png(rounds)
     card = model_card(
         title=settings["run_id"],
         summary="\n".join(f"- {heading}: {text}" for heading, text in about.items()),
@@ -290,21 +294,31 @@ def save(
             "language": mine.language,
             "library_name": "transformers",
             "tags": ["hivemind", "collaborative-training", settings["task"]],
+            **task.card_metadata(),
         },
         run_id=settings["run_id"],
         step=step,
+        last_step=settings["max_global_steps"],
         samples=monitor.samples,
+        curve_in_words=loss_in_words(rounds) if curve else None,
         peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,
         join_command=None if step >= settings["max_global_steps"] else join_command,
     )
+
+    def save_pretrained(scratch: Path) -> None:
+        task.save_pretrained(scratch)
+        if curve:
+            (scratch / CURVE).write_bytes(curve)
+
     save_checkpoint(
         folder,
-        save_pretrained=task.save_pretrained,
+        save_pretrained=save_pretrained,
         optimizer_state=optimizer_state,
         trainer_state={
             "run_id": settings["run_id"],
+            "swarm_id": swarm_id,
             "global_step": step,
             "samples": monitor.samples,
             "settings": settings,
@@ -363,10 +377,7 @@ def look(
         global_step=monitor.step,
         max_steps=settings["max_global_steps"],
         finished=finished,
-        history=[
-            Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
-            for s in monitor.history
-        ],
+        history=rounds_of(monitor),
         peers=[
             PeerView(
                 name=record.name,
@@ -384,6 +395,14 @@ def look(
         checkpoint=str(checkpoint.folder) if checkpoint else None,
         tracker="; ".join(trackers.values()),
     )
+
+
+def rounds_of(monitor: Monitor) -> list[Round]:
+    """The history of the swarm as pictures show it."""
+    return [
+        Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
+        for s in monitor.history
+    ]
 
 
 def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | None, join_command: str) -> dict[str, Any]:

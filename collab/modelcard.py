@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from collab.page import public_name
 
 SHOWN_PEERS = 100
+CURVE = "curve.png"  # the Hub's page shows no SVG of a card, but a PNG that lies beside it
+HELD_OUT = {"held_out_loss": ("loss", "Held-out loss"), "held_out_accuracy": ("accuracy", "Masked accuracy")}
 
 
 def model_card(
@@ -18,7 +20,11 @@ def model_card(
     metadata: Mapping[str, object],
     run_id: str,
     step: int,
+    last_step: int,
     samples: int,
+    tokens: int | None = None,
+    held_out: Mapping[str, float] | None = None,
+    curve_in_words: str | None = None,
     peers: Sequence[str],
     usage: str,
     settings: Mapping[str, object],
@@ -28,26 +34,53 @@ def model_card(
 
     :param title: the model's name, for people.
     :param summary: a paragraph or more of Markdown: what the model is and what it was trained on.
-    :param metadata: the Hub's own keys: license, language, tags, pipeline_tag, library_name; None values are left out.
+    :param metadata: the Hub's own keys: license, language, tags, datasets, base_model, pipeline_tag, library_name;
+        those that are None or empty are left out.
     :param step: global steps done.
+    :param last_step: where the run ends.
     :param samples: samples that were averaged into the model.
+    :param tokens: real tokens in them, if that is known.
+    :param held_out: `held_out_loss` and `held_out_accuracy`, those that are known; they go into the head as well.
+    :param curve_in_words: what the picture `CURVE` beside the card shows; None if there is none.
     :param peers: public names of those who contributed; strangers chose them, so they are escaped here.
     :param usage: Python that opens the model.
-    :param settings: what the run was trained with, one table row each.
+    :param settings: what the run was trained with, one table row each; None values are left out.
     :param join_command: what a volunteer types to help; None when the run is over.
+    :raises ValueError: the Hub's client does not accept the metadata.
     """
-    head = yaml.safe_dump({k: v for k, v in metadata.items() if v is not None}, allow_unicode=True, sort_keys=False)
-    rows = "\n".join(f"| {_text(str(key))} | {_text(str(value))} |" for key, value in settings.items())
+    known = {HELD_OUT[key]: value for key, value in (held_out or {}).items() if key in HELD_OUT}
+    results = [
+        EvalResult(
+            task_type=str(metadata.get("pipeline_tag") or "other"),
+            dataset_type="held-out",
+            dataset_name="Text of the run's sources that nobody trained on",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for (kind, name), value in known.items()
+    ]
+    keys = {key: value for key, value in metadata.items() if value}
+    head = ModelCardData(**keys, model_name=title, eval_results=results or None).to_yaml()  # type: ignore[arg-type]
+    rows = "\n".join(
+        f"| {_text(str(key))} | {_text(str(value))} |" for key, value in settings.items() if value is not None
+    )
     names = sorted({public_name(name) for name in peers}, key=str.casefold)
     more = f" and {len(names) - SHOWN_PEERS:,} more" if len(names) > SHOWN_PEERS else ""
+    of_tokens = f", **{tokens:,}** tokens" if tokens is not None else ""
     parts = [
-        f"---\n{head}---",
+        f"---\n{head}\n---",
         f"# {_text(title)}",
         summary.strip(),
-        f"Trained together by volunteers over the internet in the run **{_text(run_id)}**: "
-        f"global step **{step:,}**, **{samples:,}** samples.",
-        f"## Use it\n\n```python\n{usage.strip()}\n```",
+        f"Trained together by volunteers over the internet in the run **{_text(run_id)}**: global step **{step:,}** of "
+        f"{last_step:,}, **{samples:,}** samples{of_tokens}.",
     ]
+    if known:
+        figures = ", ".join(f"{name.lower()} **{value:.4f}**" for (_, name), value in known.items())
+        parts.append(f"On text that nobody trained on: {figures}.")
+    if curve_in_words is not None:
+        parts.append(f"![{_text(curve_in_words)}]({CURVE})")
+    parts.append(f"## Use it\n\n```python\n{usage.strip()}\n```")
     if join_command is not None:
         parts.append(f"## Help to train it\n\nThe run goes on. Any computer can join, and leave, at any time:\n\n"
                      f"```bash\n{join_command.strip()}\n```")  # fmt: skip

@@ -1,22 +1,38 @@
 """Uploading checkpoints to the Hugging Face Hub beside the run, so that no outage there ever stops it."""
 
+import json
 import logging
 import math
 import shutil
 import tempfile
-import threading
 import time
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+    set_client_factory,
+    validate_repo_id,
+)
+from huggingface_hub.utils._http import default_client_factory
 
 from collab.background import Background
+from collab.checkpoint import CARD, CONFIG, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS, TRAINER_STATE, WEIGHTS
 from collab.errors import UserError
-from collab.keeper import Keeper
+from collab.keeper import Keeper, Saved
 from collab.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -24,35 +40,36 @@ logger = logging.getLogger(__name__)
 PERIOD = 1.0
 PATIENCE = 300.0  # seconds after which another peer publishes as well, if the one that should has not
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0  # seconds between attempts, doubled after each one
+REFUSED_PAUSES = 30  # times the first one: a minute until it is seen whether a person has logged in again
+LONGEST_RATE_LIMIT = 3600.0  # whatever the Hub says
+ANSWER_SECONDS = 120.0  # without a byte from the Hub, or to it; a commit is answered within seconds
 REFUSED = (401, 403)
-WORTH_ANOTHER_TRY = (408, 409, 412, 425, 429)  # beside 5xx: too slow, a concurrent commit, too early, rate limit
-
-
-@dataclass
-class _Upload:
-    step: int
-    copy: Path
-    commit: str | None = None  # known once the files are there and only the tag is missing
+TAKEN = 409
+COPY = ".publishing-"
+WHOLE = (CARD, CONFIG, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS, TRAINER_STATE, WEIGHTS)
 
 
 class Publisher:
-    """Sends checkpoint folders to one model repository, each as one commit with the tag `step-<n>`.
+    """Puts checkpoint folders into one model repository: one commit and one tag `step-N` for each, never twice.
 
-    One background thread does the work. A checkpoint that still waits (for the one before it, or for the Hub to come
-    back) is dropped when a newer one arrives: people want the newest, and the queue cannot grow. Nothing here raises
-    into the training: `errors` counts what went wrong and the log tells it. A refused token ends publishing.
+    What is on `main` decides, and the Hub takes a commit only on top of the `main` that was looked at. So it does not
+    matter how often a checkpoint is published, by how many peers, or what an earlier attempt came to before it was
+    killed: whoever comes second finds it there. A commit holds all files of a checkpoint, so that no revision has the
+    weights of one step with the optimizer of another, and `main` never goes back to an earlier step of the same run.
 
-    The token is the one that `hf auth login` or the variable HF_TOKEN gave to huggingface_hub; it is never stored here.
+    The token is the one that `hf auth login` or the variable HF_TOKEN gave to huggingface_hub; it is asked for anew
+    each time, and never stored here.
 
     :param repo_id: `organization/name`; created with the first upload if it does not exist.
     :param private: whether a repository that has to be created is private.
     :param endpoint: another Hub than the one of HF_ENDPOINT.
-    :param first_pause: seconds before the second attempt at an upload; doubles up to five minutes.
+    :param patience: seconds without a byte after which a request has failed; for all clients of the Hub in this
+        process, which would wait for ever otherwise.
     :raises UserError: `repo_id` is no name of a repository.
     """
 
     def __init__(
-        self, repo_id: str, *, private: bool = False, endpoint: str | None = None, first_pause: float = FIRST_PAUSE
+        self, repo_id: str, *, private: bool = False, endpoint: str | None = None, patience: float = ANSWER_SECONDS
     ) -> None:
         try:
             validate_repo_id(repo_id)
@@ -61,159 +78,241 @@ class Publisher:
                 f"{repo_id!r} cannot be the name of a repository on the Hub: {error} "
                 f"Checkpoints could not be published. Write it as organization/name."
             ) from error
-        self.repo_id, self.private, self.first_pause = repo_id, private, first_pause
-        self.errors = 0
-        self.published: int | None = None  # the last global step whose checkpoint is on the Hub, tag included
+        self.repo_id, self.private = repo_id, private
         self._api = HfApi(endpoint=endpoint)
-        self._submitted: int | None = None
-        self._created = False
-        self._waiting: _Upload | None = None
-        self._deadline: float | None = None  # set by close(); time.monotonic()
-        self._stopped = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
         disable_progress_bars()  # they would draw over the console line of the run
-        self._thread.start()
 
-    def submit(self, folder: Path, step: int) -> None:
-        """Publish the checkpoint in `folder` soon; returns at once.
+        def impatient() -> Any:
+            client = default_client_factory()
+            client.timeout = patience
+            return client
 
-        The folder may be replaced or deleted right after: hard links keep its files, without a second copy on disk.
+        set_client_factory(impatient)
+
+    def publish(self, checkpoint: Saved) -> bool:
+        """Bring a checkpoint to the Hub; returns whether it was this call that did it. Takes as long as the link needs.
+
+        The folder may be replaced or deleted meanwhile: hard links keep its files, without a second copy on disk.
+
+        :raises UserError: the Hub refuses the token.
+        :raises Exception: whatever the disk, the network, the Hub and its client come up with. Call it again later.
         """
-        if self._stopped:
-            return
-        if self._submitted is None:  # whatever lies there was left by a process that was killed
-            for leftover in folder.parent.glob(".publishing-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        self._submitted = step
+        with _kept(checkpoint.folder) as folder:
+            try:
+                return self._publish(folder, checkpoint.step)
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                if status not in REFUSED:
+                    raise
+                raise UserError(
+                    f"The Hub refuses to let us write to {self.repo_id} (HTTP {status}). Checkpoints stay on this disk "
+                    f"until it does. Log in with `hf auth login` and a token that may write to {self.repo_id}: it is "
+                    f"found within a minute. If the variable HF_TOKEN is set, it comes first: start again without it."
+                ) from error
+
+    def newest_step(self, swarm_id: str | None) -> int:
+        """The global step that `main` shows of the swarm's run; -1 if it shows none."""
         try:
-            copy = Path(tempfile.mkdtemp(prefix=f".publishing-{step}.", dir=folder.parent))
-            shutil.copytree(folder, copy, copy_function=_link_or_copy, dirs_exist_ok=True)
-        except OSError as error:
-            self._report(f"Cannot prepare the checkpoint of step {step} for the Hub: {error}. The run goes on.")
-            return
-        with self._changed:
-            replaced, self._waiting = self._waiting, _Upload(step, copy)
-            self._changed.notify()
-        if replaced is not None:
-            shutil.rmtree(replaced.copy, ignore_errors=True)
+            return self._step_at(self._head(), swarm_id)
+        except RepositoryNotFoundError:
+            return -1
 
-    def close(self, timeout: float) -> bool:
-        """Finish what waits, for at most `timeout` seconds; True if the last submitted checkpoint is on the Hub."""
-        with self._changed:
-            self._deadline = time.monotonic() + timeout
-            self._changed.notify()
-        self._thread.join(timeout)
-        done = self.published == self._submitted
-        if not done:
-            logger.warning(
-                "The checkpoint of step %s is not on the Hub. It lies in this run's folder; publish it from there with "
-                "`hf upload %s FOLDER`.",
-                self._submitted,
-                self.repo_id,
-            )
-        return done
-
-    def _work(self) -> None:
-        while not self._stopped:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._deadline is not None)
-                upload, self._waiting = self._waiting, None
-            if upload is None:
-                return
-            try:
-                self._publish(upload)
-            finally:
-                shutil.rmtree(upload.copy, ignore_errors=True)
-
-    def _publish(self, upload: _Upload) -> None:
-        """Attempt one upload until it is done, cannot be done, or is overtaken by a newer checkpoint or the end."""
-        for attempt in count():
-            try:
-                self._attempt(upload)
-            except Exception as error:  # noqa: BLE001 - the run must outlive whatever the network, the Hub and its client do
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-                if status in REFUSED:
-                    self._stopped = True
-                    self._report(
-                        f"The Hub refuses to let us write to {self.repo_id} (HTTP {status}). Checkpoints stay on this "
-                        f"disk and are no longer published. Log in with `hf auth login`, or set HF_TOKEN to a token "
-                        f"with write access to {self.repo_id}, and start again."
-                    )
-                    return
-                if isinstance(error, ValueError) or (status and status < 500 and status not in WORTH_ANOTHER_TRY):
-                    self._report(f"The Hub does not accept the checkpoint of step {upload.step} ({reason}).")
-                    return
-                pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE)
-                self._report(
-                    f"Publishing the checkpoint of step {upload.step} to {self.repo_id} failed "
-                    f"({reason}). Next attempt in {pause:.0f} s; the run goes on."
-                )
-                if not self._still_wanted_after(pause):
-                    return
-            else:
-                self.published = upload.step
-                logger.info("Published the checkpoint of step %d to %s.", upload.step, self.repo_id)
-                return
-
-    def _attempt(self, upload: _Upload) -> None:
-        if not self._created:
+    def _publish(self, folder: Path, step: int) -> bool:
+        try:
+            head = self._head()
+        except RepositoryNotFoundError:
             self._api.create_repo(self.repo_id, private=self.private, exist_ok=True)
-            self._created = True
-        if upload.commit is None:
-            # Not upload_folder: it may spread one folder over several commits, and a reader of the newest commit
-            # would meet the weights of one step with the optimizer of another.
-            files = sorted(path for path in upload.copy.rglob("*") if path.is_file())
-            upload.commit = self._api.create_commit(
+            head = self._head()
+        there = self._step_at(head, _read_state(folder / TRAINER_STATE).get("swarm_id"))
+        if there > step:
+            logger.warning(
+                "%s shows step %d of this run already: the checkpoint of step %d is not published. If the run was "
+                "started anew, give it a repository of its own with --repo_id.", self.repo_id, there, step,
+            )  # fmt: skip
+            return False
+        if there < step:
+            # Not upload_folder: where hf_xet is installed, huggingface_hub 2.4 spreads a large folder over several
+            # commits, and checks the parent of the first one only.
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            head = self._api.create_commit(
                 self.repo_id,
-                operations=[CommitOperationAdd(path.relative_to(upload.copy).as_posix(), path) for path in files],
-                commit_message=f"Checkpoint of global step {upload.step}",
+                operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                commit_message=f"Checkpoint of global step {step}",
+                parent_commit=head,
             ).oid
-        self._api.create_tag(self.repo_id, tag=f"step-{upload.step}", revision=upload.commit, exist_ok=True)
+        self._tag(f"step-{step}", head)
+        return there < step
 
-    def _still_wanted_after(self, pause: float) -> bool:
-        """Sleep; False at once when a newer checkpoint waits, or when close() would not wait for another attempt."""
-        wake_at = time.monotonic() + pause
-        with self._changed:
-            while (left := wake_at - time.monotonic()) > 0:
-                if self._waiting is not None or (self._deadline is not None and self._deadline < wake_at):
-                    return False
-                self._changed.wait(left)
-        return True
+    def _head(self) -> str | None:
+        return self._api.model_info(self.repo_id).sha
 
-    def _report(self, message: str) -> None:
-        self.errors += 1
-        logger.warning("%s", message)
+    def _step_at(self, revision: str | None, swarm_id: str | None) -> int:
+        url = hf_hub_url(self.repo_id, TRAINER_STATE, revision=revision, endpoint=self._api.endpoint)
+        answer = get_session().get(url, headers=build_hf_headers())
+        try:
+            hf_raise_for_status(answer)
+        except RemoteEntryNotFoundError:
+            return -1
+        try:
+            state = json.loads(answer.content)
+            return int(state["global_step"]) if state.get("swarm_id") == swarm_id else -1
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return -1  # somebody else's file of this name
+
+    def _tag(self, tag: str, commit: str | None) -> None:
+        try:
+            self._api.create_tag(self.repo_id, tag=tag, revision=commit)
+        except HfHubHTTPError as error:
+            if error.response.status_code != TAKEN:
+                raise
+            if self._api.model_info(self.repo_id, revision=tag).sha != commit:
+                logger.warning(
+                    "The tag %s of %s belongs to another run, and stays with it. The checkpoint is on main. To tag "
+                    "this run's as well, give it a repository of its own with --repo_id.", tag, self.repo_id,
+                )  # fmt: skip
+
+
+class Published(NamedTuple):
+    """A checkpoint of this run that is on the Hub."""
+
+    step: int
+    time: float
+    """When this peer put it or found it there, in seconds since 1970."""
 
 
 class Publishing(Background):
-    """Hands the newest checkpoint to the publisher while this peer holds the lease, in the background until `stop`.
+    """Publishes this peer's newest checkpoint while it holds the lease, in the background until `stop`.
 
-    A holder that publishes nothing cannot keep the others from it: after `PATIENCE` seconds each of them does it too.
+    A checkpoint that still waits gives way to a newer one: people want the newest, and no queue can grow. Failed
+    attempts are counted in `health` and made again, ever less often; nothing that the Hub does ends this.
+
+    A holder that publishes nothing cannot keep the others from it: whoever has seen nothing new on the Hub since its
+    own checkpoint before, and `PATIENCE` seconds after the present one, publishes it too.
+
+    :param folder: where this run's checkpoints are kept. The newest one that a killed process left there is published
+        like any other, and what that process had in its hands is removed.
+    :param swarm_id: of the run; checkpoints of other runs in the folder are left alone.
+    :param first_pause: seconds before the second attempt; doubles up to five minutes.
     """
 
-    def __init__(self, publisher: Publisher, keeper: Keeper, lease: Lease) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        keeper: Keeper,
+        lease: Lease,
+        folder: Path,
+        swarm_id: str,
+        first_pause: float = FIRST_PAUSE,
+    ) -> None:
         super().__init__("Publishing", PERIOD)
+        self.published: Published | None = None
+        """The newest one that this peer knows of."""
         self._publisher, self._keeper, self._lease = publisher, keeper, lease
-        self._submitted = -1
+        self._swarm_id, self._first_pause = swarm_id, first_pause
+        self._done = -1  # the step up to which there is nothing left to do for this peer
         self._waits_since = math.inf
+        self._attempts = 0
+        self._deadline = -math.inf  # set by close(); time.monotonic()
+        for leftover in folder.glob(f"{COPY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._left = newest_checkpoint(folder, swarm_id)
         self.start()
-
-    def _take_a_turn(self) -> None:
-        newest = self._keeper.newest
-        if newest is None or newest.step == self._submitted:
-            return
-        self._waits_since = min(self._waits_since, time.monotonic())
-        if self._lease.is_mine or time.monotonic() - self._waits_since > PATIENCE:
-            self._publisher.submit(newest.folder, newest.step)
-            self._submitted, self._waits_since = newest.step, math.inf
 
     def close(self, timeout: float) -> bool:
         """Finish what waits, for at most `timeout` seconds; True if nothing that this peer has to publish is left."""
-        self.stop()
-        self._take_a_turn()
-        return self._publisher.close(timeout)
+        self._deadline = time.monotonic() + timeout
+        self.stop(timeout)
+        newest = self._newest()
+        done = newest is None or not self._is_due(newest)
+        if not done and newest is not None:
+            logger.warning(
+                "The checkpoint of step %d is not on the Hub. Publish it with `hf upload %s %s`, or start again.",
+                newest.step, self._publisher.repo_id, newest.folder,
+            )  # fmt: skip
+        return done
+
+    def run(self) -> None:
+        super().run()
+        while time.monotonic() < self._deadline:  # close() waits
+            newest = self._newest()
+            if newest is None or not self._is_due(newest):
+                return
+            try:
+                self._take_a_turn()
+            except Exception as error:  # noqa: BLE001 - what is left to do is the caller's to say
+                self._note_failure(error)
+                if time.monotonic() + self._period > self._deadline:
+                    return
+                time.sleep(self._period)
+
+    def _take_a_turn(self) -> None:
+        newest = self._newest()
+        if newest is None or newest.step <= self._done:
+            return
+        self._waits_since = min(self._waits_since, time.monotonic())
+        if not self._is_due(newest):
+            return
+        if self._lease.is_mine or (there := self._publisher.newest_step(self._swarm_id)) <= self._done:
+            if self._publisher.publish(newest):
+                logger.info("Published the checkpoint of step %d to %s", newest.step, self._publisher.repo_id)
+            there = newest.step
+        self.published = Published(there, time.time())
+        self._done, self._waits_since = newest.step, math.inf
+        self._attempts, self._period = 0, PERIOD
+
+    def _note_failure(self, error: Exception) -> None:
+        self._period = pause_after(error, self._attempts, self._first_pause)
+        self._attempts += 1
+        super()._note_failure(error)
+
+    def _newest(self) -> Saved | None:
+        return self._keeper.newest or self._left
+
+    def _is_due(self, newest: Saved) -> bool:
+        waited = time.monotonic() - self._waits_since > PATIENCE
+        return newest.step > self._done and (self._lease.is_mine or waited)
+
+
+def newest_checkpoint(folder: Path, swarm_id: str) -> Saved | None:
+    """The newest checkpoint of a swarm's run that lies in a folder of checkpoints."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        state = _read_state(path / TRAINER_STATE)
+        if state.get("swarm_id") == swarm_id and isinstance(state.get("global_step"), int):
+            return Saved(state["global_step"], path)
+    return None
+
+
+def pause_after(error: Exception, attempts: int, first: float = FIRST_PAUSE) -> float:
+    """Seconds until the next attempt: doubled with each one that failed, and not before the Hub wants it.
+
+    :param attempts: that failed before the one that ended with `error`.
+    """
+    if isinstance(error, UserError):
+        return first * REFUSED_PAUSES
+    wanted = 0.0
+    if isinstance(error, HfHubHTTPError):
+        headers = error.response.headers
+        limit = parse_ratelimit_headers(headers)
+        after = headers.get("Retry-After", "")
+        wanted = float(after) if after.isdecimal() else float(limit.reset_in_seconds if limit else 0)
+    return max(min(first * 2 ** min(attempts, 30), LONGEST_PAUSE), min(wanted, LONGEST_RATE_LIMIT))
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint as they are now, whatever becomes of its folder, until the block ends.
+
+    :raises OSError: it is not whole, or was replaced or removed while its files were read.
+    """
+    copy, inode = Path(tempfile.mkdtemp(prefix=COPY, dir=folder.parent)), folder.stat().st_ino
+    try:
+        shutil.copytree(folder, copy, copy_function=_link_or_copy, dirs_exist_ok=True)
+        missing = [name for name in WHOLE if not (copy / name).exists()]
+        if missing or folder.stat().st_ino != inode:
+            raise OSError(f"{folder} has changed while it was read, or is not whole: {missing} missing")
+        yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -222,3 +321,11 @@ def _link_or_copy(source: str, target: str) -> None:
         Path(target).hardlink_to(source)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}

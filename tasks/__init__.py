@@ -105,6 +105,9 @@ class Task(Protocol):
     def usage(self, name: str) -> str:
         """Python that opens the model `name` (a folder, or a name on the Hub) and uses it; for the model card."""
 
+    def card_metadata(self) -> dict[str, Any]:
+        """What the Hub reads in a model card: pipeline_tag, datasets, base_model; None for what there is not."""
+
     def description(self) -> dict[str, str]:
         """What the model card and the page say about it: {heading: text}."""
 

@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -35,12 +35,28 @@ class Repo:
         return next((files for oid, _, files in self.commits if oid == self.oid(revision)), {})
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request.
+
+    :param what: a status; "drop" for a connection that ends before the request is read to its end, and without effect;
+        "lost" for one that ends without an answer, after the request has done its work.
+    :param at: pattern of the requests ("PUT /lfs/") of which the first one meets it.
+    """
+
+    what: int | str
+    at: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 class HubServer:
-    """`with HubServer() as hub:` serves on hub.url; `hub.faults` holds the answers to give before any good one.
+    """`with HubServer() as hub:` serves on hub.url; `hub.faults` holds what goes wrong before anything goes well.
 
     `hub.datasets` holds the files of data sets, `hub.private` the names of those that only the token may read, and
     `hub.file_faults` what goes wrong with a file of one instead of an answer: a status, "drop" for a connection that
     ends without one, "cut" for one that ends in the middle. The last of them stays until the test takes it away.
+
+    While `hub.paused` is clear, requests that match `hub.pausing` wait, their bodies read: `hub.waiting` counts them.
 
     :param token: the one token that may write; reading is free.
     """
@@ -51,11 +67,14 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.datasets: dict[str, Tree] = {}
         self.private: set[str] = set()
-        self.faults: deque[int] = deque()
+        self.faults: deque[int | Fault] = deque()
         self.file_faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
-        self.paused = threading.Event()  # clear it to keep every answer waiting
+        self.paused = threading.Event()
         self.paused.set()
+        self.pausing = ""
+        self.waiting = 0
+        self.lock = threading.Lock()  # commits come one after the other
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -75,17 +94,27 @@ class _Handler(BaseHTTPRequestHandler):
     hub: ClassVar[HubServer]
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a header would wait for its body for 40 ms
+    _mute = False
 
     def log_message(self, *_: object) -> None:
         pass
 
     def handle_any(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
+        request = f"{self.command} {path}"
+        fault = self._fault(request)
+        if fault.what == "drop":
+            self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
+            self.close_connection = True
+            return
         body = self._body()
-        hub.paused.wait()
-        hub.requests.append(f"{self.command} {path}")
-        if hub.faults:
-            return self._answer(hub.faults.popleft(), {"error": "fault of the test"})
+        if re.match(hub.pausing, request) and not hub.paused.is_set():
+            hub.waiting += 1
+            hub.paused.wait()
+        hub.requests.append(request)
+        self._mute = fault.what == "lost"
+        if isinstance(fault.what, int) and fault.what:
+            return self._answer(fault.what, {"error": "fault of the test"}, dict(fault.headers))
         writes = self.command not in ("GET", "HEAD") and not path.startswith(("/lfs/", "/api/datasets/"))
         if writes and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._answer(401, {"error": "Invalid username or password."})
@@ -96,6 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(404, {"error": f"no such page: {self.command} {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def _fault(self, request: str) -> Fault:
+        with self.hub.lock:
+            for fault in self.hub.faults:
+                known = Fault(fault) if isinstance(fault, int) else fault
+                if re.match(known.at, request):
+                    self.hub.faults.remove(fault)
+                    return known
+        return Fault(0)
 
     def whoami(self, body: bytes) -> None:
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
@@ -113,13 +151,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
+        there = self.hub.repos[name].tree(revision)
         files = [
             {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "path": path,
+                "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
+                "oid": _oid(path, there[path]) if path in there else None,
             }
-            for file in json.loads(body)["files"]
+            for path in (file["path"] for file in json.loads(body)["files"])
         ]
         self._answer(200, {"files": files})
 
@@ -137,18 +177,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200 if good else 400, {})
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
-        repo, files, message = self.hub.repos[name], dict(self.hub.repos[name].tree("main")), ""
-        for line in body.splitlines():
-            item = json.loads(line)
-            value = item["value"]
-            if item["key"] == "header":
-                message = value["summary"]
-            elif item["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif item["key"] == "lfsFile":
-                files[value["path"]] = self.hub.objects[value["oid"]]
-        oid = hashlib.sha1(f"{name} {len(repo.commits)}".encode()).hexdigest()
-        repo.commits.append((oid, message, files))
+        with self.hub.lock:
+            repo, files, message = self.hub.repos[name], dict(self.hub.repos[name].tree("main")), ""
+            for line in body.splitlines():
+                item = json.loads(line)
+                value = item["value"]
+                if item["key"] == "header":
+                    message = value["summary"]
+                    if value.get("parentCommit", repo.oid("main")) != repo.oid("main"):
+                        return self._answer(412, {"error": "A commit has happened since."})
+                elif item["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif item["key"] == "lfsFile":
+                    files[value["path"]] = self.hub.objects[value["oid"]]
+            oid = hashlib.sha1(f"{name} {len(repo.commits)}".encode()).hexdigest()
+            repo.commits.append((oid, message, files))
         self._answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
 
     def tag(self, body: bytes, name: str, revision: str) -> None:
@@ -249,6 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        if self._mute:
+            self.close_connection = True
+            return
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
@@ -256,6 +302,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def _oid(path: str, data: bytes) -> str:
+    """The client leaves out of a commit what is there already by this name."""
+    if path.endswith(".safetensors"):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _entries(files: Tree, folder: str) -> list[dict[str, Any]]:

@@ -176,6 +176,11 @@ class FirstWeights:
         load_weights_into(model, folder)
         return True
 
+    @property
+    def repository(self) -> str | None:
+        """ORG/NAME of the source on the Hub; None for a folder."""
+        return self.source.removeprefix("hub:").partition("@")[0] if self.revision else None
+
     def describe(self) -> str:
         at = f" at {self.revision[:8]}" if self.revision else ""
         new = f"; {', '.join(self.new)} new" if self.new else ""

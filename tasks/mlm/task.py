@@ -189,6 +189,13 @@ class MaskedLM:
             f'print(fill("The word that was {self.tokenizer.mask_token} here."))'
         )
 
+    def card_metadata(self) -> dict[str, Any]:
+        return {
+            "pipeline_tag": "fill-mask",
+            "datasets": sorted({source.hub for source in _sources(self.settings) if source.hub}),
+            "base_model": self._start.repository if self._start else None,
+        }
+
     def description(self) -> dict[str, str]:
         config = self.model.config
         parameters = sum(param.numel() for param in self.model.parameters())
@@ -199,7 +206,7 @@ class MaskedLM:
             + ", and sentence order" * self._judges_order,
             "Vocabulary": f"a vocabulary of {config.vocab_size:,} entries",  # type: ignore[union-attr]
             **started,
-            "Data": "; ".join(source.describe() for source in _sources(self.settings)),
+            "Data": _mixture(_sources(self.settings)),
         }
 
 
@@ -236,6 +243,14 @@ def _try_once(settings: Mapping[str, Any], folder: Path, cache_dir: Path) -> Non
 
 def _sources(settings: Mapping[str, Any]) -> list[Source]:
     return [Source.from_mapping(mapping) for mapping in settings["sources"]]
+
+
+def _mixture(sources: list[Source]) -> str:
+    """The sources with their shares of the documents, as in "77 % the files a.txt; 23 % the embedded corpus"."""
+    if len(sources) == 1:
+        return sources[0].describe()
+    whole = sum(source.weight for source in sources)
+    return "; ".join(f"{100 * source.weight / whole:.3g} % {source.describe()}" for source in sources)
 
 
 def _model_name(settings: Mapping[str, Any]) -> str:

@@ -105,6 +105,7 @@ def test_the_first_loss_is_that_of_the_model_that_a_run_starts_from(tmp_path, pu
     ours, theirs = task.model.state_dict(), model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert str(tmp_path / "published") in task.description()["Started from"]
+    assert task.card_metadata()["base_model"] is None, "a folder has no page on the Hub"
 
 
 def test_who_lacks_the_weights_knows_it_and_who_has_them_begins_with_equal_ones(tmp_path, publish):
@@ -248,6 +249,7 @@ def test_a_model_on_the_hub_is_downloaded_at_its_revision_without_what_is_not_ne
     task = MaskedLM(settings_for("hub:org/model@v1"), folder, cache_dir)
     assert all(torch.equal(task.model.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert task.description()["Started from"] == "hub:org/model@v1 at cccccccc"
+    assert task.card_metadata()["base_model"] == "org/model"
 
 
 def test_the_option_is_called_from_on_the_command_line():

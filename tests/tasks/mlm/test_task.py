@@ -1,4 +1,4 @@
-"""A volunteer's own files against the run's: a path may be the same, and its content another."""
+"""The task as a whole: a volunteer's own files against the run's, and what the model card says of the text."""
 
 import json
 import shutil
@@ -61,3 +61,16 @@ def test_a_tokenizer_that_differs_in_a_detail_is_refused(run: Path, tmp_path: Pa
     (mine / "tokenizer.json").write_text(json.dumps(rules))
     message = refusal({"tokenizer": str(mine)}, run)
     assert str(mine) in message and message.count("2,048 entries and fingerprint") == 2
+
+
+def test_the_card_names_the_sources_with_their_shares_and_links_those_on_the_hub(run: Path, tmp_path: Path) -> None:
+    small = MODEL | {"vocab_size": 2048, "num_attention_heads": 2, "intermediate_size": 64, "embedding_size": 16}
+    (run / "config.json").write_text(json.dumps(small))
+    wikipedia = {"hub": "wikimedia/wikipedia", "config": "20231101.bn", "weight": 0.5}
+    sources = [wikipedia, {"files": "news/*.txt", "weight": 1.5}, wikipedia | {"config": "20231101.as", "weight": 0.5}]
+    task = MaskedLM({"seed": 0, "sources": sources}, run, tmp_path)
+    assert task.card_metadata()["datasets"] == ["wikimedia/wikipedia"]
+    data = task.description()["Data"]
+    assert data.startswith("20 % wikimedia/wikipedia on the Hub") and "60 % the files news/*.txt" in data
+    task.settings = {"sources": [{"embedded": True, "weight": 3}]}
+    assert task.description()["Data"] == "the embedded corpus" and not task.card_metadata()["datasets"]
