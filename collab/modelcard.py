@@ -6,7 +6,7 @@ from html import escape
 
 import yaml
 
-from collab.page import public_name
+from collab.names import public_name
 
 SHOWN_PEERS = 100
 

@@ -471,7 +471,8 @@ def record(peer: Peer, **changes) -> PeerRecord:
         samples_per_second=5.0, peers_met=2, peers_expected=2, applied=True, skipped_batches=0, parts=1.0,
         bytes_sent=10, bytes_received=10, matchmaking_seconds=1.0, allreduce_seconds=0.5, grad_norm=1.0,
         sketch=[0.5] * 16, client_mode=False, data_wait=0.0, compute_share=1.0, averaging_wait=0.0,
-        tokens_per_second=500.0, mfu=0.0, memory=10**9, time=1.7e9,
+        tokens_per_second=500.0, mfu=0.0, memory=10**9, time=1.7e9, reported=1.7e9, device="cpu, 2 threads", tokens=500,
+        round_samples=20.0,
     )  # fmt: skip
     return PeerRecord(**{**given, **changes})
 
@@ -525,6 +526,9 @@ BAD: list[dict[str, Any]] = [
     {"peers_met": 0},
     {"applied": 1},
     {"time": None},
+    {"device": "x" * 61},
+    {"left": 0},
+    {"reported": float("inf")},
 ]
 
 
