@@ -37,7 +37,7 @@ def _device(name: str) -> torch.device:
 
 
 def in_words(devices: Sequence[torch.device]) -> str:
-    """What a peer computes on, in public: "cuda 2 x NVIDIA GeForce RTX 3060" or "cpu, 2 threads"; 60 characters at most.
+    """What a peer computes on, in public: "cuda 2 x NVIDIA RTX 3060" or "cpu, 2 threads"; 60 characters at most.
 
     The processor of a computer without a GPU is nobody's business.
     """

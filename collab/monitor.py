@@ -10,6 +10,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from hivemind.utils import get_dht_time
@@ -92,7 +93,17 @@ class StepSummary:
         return cls(**values)
 
 
-WHOLE = ("step", "samples", "tokens", "peers", "peers_met", "peers_expected", "peers_averaged", "peers_alone", "peers_full")
+WHOLE = (
+    "step",
+    "samples",
+    "tokens",
+    "peers",
+    "peers_met",
+    "peers_expected",
+    "peers_averaged",
+    "peers_alone",
+    "peers_full",
+)
 
 
 @dataclass(frozen=True)
@@ -236,10 +247,7 @@ class Monitor:
     def pace(self) -> float:
         """Seconds from one global step to the next, median over the recent ones; NaN before the third."""
         recent = self.history[-RECENT - 1 :]
-        paces = [
-            (later.time - sooner.time) / (later.step - sooner.step)
-            for sooner, later in zip(recent, recent[1:], strict=False)
-        ]
+        paces = [(later.time - sooner.time) / (later.step - sooner.step) for sooner, later in pairwise(recent)]
         return statistics.median(paces) if len(paces) >= 2 else math.nan
 
     def update(self, records: Sequence[PeerRecord]) -> list[StepSummary]:
@@ -313,7 +321,8 @@ class Monitor:
         pace = self.pace
         shares = [summary.compute_share for summary in recent if math.isfinite(summary.compute_share)]
         live_auxiliaries = [record for record in self.auxiliaries if is_live(record, self.lifetime, now)]
-        roles = Counter(record.role for record in [*self.live, *live_auxiliaries])
+        roles = Counter(record.role for record in self.live)
+        roles["auxiliary"] = len(live_auxiliaries)
         return SwarmView(
             time=now,
             step=self.step,
@@ -448,5 +457,8 @@ def _peer_figures(record: PeerRecord, contributions: Mapping[str, int]) -> PeerF
     told |= {name: public_name(told[name]) for name in ("name", "version", "device")}
     told |= {"reason": public_name(record.reason, MAX_REASON) if record.reason else "", "samples": record.samples_total}
     return PeerFigures(
-        **told, role=record.role, alone=record.alone, contribution=contributions.get(record.peer_id, record.samples_total)
+        **told,
+        role=record.role,
+        alone=record.alone,
+        contribution=contributions.get(record.peer_id, record.samples_total),
     )

@@ -182,9 +182,7 @@ class Peer:
         """
         with tempfile.TemporaryDirectory(prefix="samiti-") as folder:
             target = Path(folder, "fetched")
-            work = partial(
-                _fetch, peer_id=peer_id, name=name, timeout=timeout, most_bytes=most_bytes, target=target
-            )
+            work = partial(_fetch, peer_id=peer_id, name=name, timeout=timeout, most_bytes=most_bytes, target=target)
             future = self.dht.run_coroutine(work, return_future=True)
             failure = future.result(timeout + 5.0)
             if failure is not None:

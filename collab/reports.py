@@ -92,7 +92,7 @@ class Reports(Background):
 def fetch_reports(peer: Peer, trainers: list[str]) -> dict[str, list[PeerRecord]]:
     """What these trainers have kept, by peer id; those that do not answer within `ASK_SECONDS` are left out.
 
-    The connection proves who answers, and each may speak of itself alone; every record is checked as those from the DHT.
+    The connection proves who answers, and each may speak of itself alone; every record is checked as in the DHT.
 
     :param trainers: peer ids. They are asked `ASKED_AT_ONCE` at a time.
     """
