@@ -87,17 +87,19 @@ class History:
     def write(self) -> None:
         """Write what waits.
 
-        :raises OSError: it cannot be written. A line that was cut is ended before the next attempt.
+        :raises OSError: it cannot be written; the file is as it was.
         """
-        end = self._file.seek(0, os.SEEK_END)
+        if self._file.closed:
+            self._file = self.path.open("ab")
+        end = self._file.tell()
         try:
             self._file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in self._waiting))
             self._file.flush()
         except OSError:
             with contextlib.suppress(OSError):  # the buffer cannot be emptied either
                 self._file.close()
-            self._file = self.path.open("ab")
-            self._file.truncate(end)
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, end)  # a line that was cut
             raise
         if self._waiting:
             self.written_step = self._waiting[-1]["step"]
@@ -112,7 +114,8 @@ class History:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.write()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_history(path: Path) -> list[Entry]:
@@ -193,9 +196,14 @@ class TrackioSpace:
                                        auto_log_gpu=False, auto_log_cpu=False)  # fmt: skip
                     run.finish()
             self._token = import_module("huggingface_hub").get_token()
-        with _quiet():
-            client = import_module("trackio.remote_client").RemoteClient
-            self._client = client(space, hf_token=self._token, httpx_kwargs={"timeout": SPACE_SECONDS}, verbose=False)
+        with _quiet():  # the token apart from the address, which is named when it does not answer
+            self._client = import_module("trackio.remote_client").RemoteClient(
+                self._address,
+                hf_token=self._token,
+                write_token=trackio.utils.parse_trackio_server_url(space)[1],
+                httpx_kwargs={"timeout": SPACE_SECONDS},
+                verbose=False,
+            )
 
     def log(self, entries: Sequence[Entry]) -> None:
         logs = [
@@ -371,7 +379,7 @@ class Trackers:
         """
         if step <= self.last_step:
             return
-        before = self._history.written_step
+        before = self.last_step
         entry = {"step": step, "time": time.time() if made is None else made, **metrics}
         self._history.add(entry)
         if self._history.written_step < step:

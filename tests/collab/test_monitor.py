@@ -9,7 +9,7 @@ import pytest
 import collab.monitor
 from collab.metrics import PeerRecord
 from collab.monitor import PATIENCE, Monitor, StepSummary
-from collab.trackers import HISTORY, JsonLinesTracker, read_history
+from collab.trackers import HISTORY, History, make_trackers, read_history
 
 
 @pytest.fixture
@@ -180,11 +180,11 @@ def test_peers_are_listed_by_what_they_gave(clock):
 
 def test_a_restart_repeats_no_step(clock, tmp_path):
     first = watching(clock)
-    tracker = JsonLinesTracker(tmp_path)
+    trackers = make_trackers([], tmp_path, "p", "r", {})
     for step in (1, 2):
         for summary in first.update([record("a", step), record("b", step, samples=0)]):
-            tracker.log(summary.as_metrics(), summary.step)
-    tracker.close()
+            trackers.log(summary.as_metrics(), summary.step, summary.time)
+    trackers.close()
 
     second = watching(clock, [StepSummary.from_metrics(entry) for entry in read_history(tmp_path / HISTORY)])
     assert (second.step, second.samples) == (first.step, first.samples) == (2, 20)
@@ -201,9 +201,9 @@ def test_a_summary_survives_the_metrics_file(tmp_path, loss):
         matchmaking_seconds=1.0, allreduce_seconds=0.1, data_wait=0.0, compute_share=1.0, averaging_wait=0.0,
         tokens_per_second=500.0, time=time.time(),
     )  # fmt: skip
-    tracker = JsonLinesTracker(tmp_path)
-    tracker.log(written.as_metrics(), written.step)
-    tracker.close()
+    history = History(tmp_path)
+    history.add({"step": written.step, "time": written.time, **written.as_metrics()})
+    history.close()
     [entry] = read_history(tmp_path / HISTORY)
     read = StepSummary.from_metrics(entry)
     assert read.time == pytest.approx(written.time, abs=5)
