@@ -31,7 +31,9 @@ UNKNOWN_PACE = 30.0  # seconds in a global step, for those whom most peers do no
 RECENT = 20  # steps
 MAX_OPEN = 5000  # steps that wait; a liar may report a new one at every look
 SLACK = 1.1  # of the samples that a round counted: those that came too late for it
-BUSY = 10.0  # times the rate with waiting that a peer may say it has without
+BUSY = 4.0  # times the usual share of computing, within which a peer's speed has to agree with what it gave
+LEAST_SHARE = 0.05
+PUNCTUAL = 1.5  # times: a step is not equally long for all peers
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class Monitor:
         self.auxiliaries: list[AuxRecord] = []
         self.lifetime, self.target_batch_size, self.last_step = lifetime, target_batch_size, last_step
         self._start, self._began = start, get_dht_time()
+        self._moved = self._began  # when the last step was completed, by this computer's own observation
         self._open: dict[int, dict[str, PeerRecord]] = defaultdict(dict)
         self._since: dict[int, float] = {}
         self._samples = sum(summary.samples for summary in self.history)
@@ -299,6 +302,7 @@ class Monitor:
                 continue
             summary = self._summarize(step, records, now)
             self.history.append(summary)
+            self._moved = now
             self._samples, self._tokens = self._samples + summary.samples, self._tokens + summary.tokens
             done.append(summary)
         return done
@@ -353,19 +357,21 @@ class Monitor:
         made = {record.peer_id for record in self.live if record.step >= step} | reporters
         there = {record.peer_id for record in self.live} | reporters
         if len(made) == len(there):
-            return len(there) > 1 or self._can_be(step, now, max(LEAST_PACE, _or(self.pace, 0.0) / FASTEST))
+            least = max(LEAST_PACE, _or(self.pace, 0.0) / FASTEST)
+            return len(there) > 1 or self._ahead(step) * least <= now - self._last_time
         waited = now - self._since[step]
         if 2 * len(made) > len(there):
             return waited >= PATIENCE
         pace = _or(self.pace, UNKNOWN_PACE) * (1.0 if 2 * len(made) == len(there) else STUCK)
-        return waited >= TIE_PATIENCE and self._can_be(step, now, pace)
+        return waited >= TIE_PATIENCE and self._ahead(step) * pace <= now - max(self._last_time, self._moved)
 
-    def _can_be(self, step: int, now: float, pace: float) -> bool:
-        """Whether the swarm can have come so far since the last complete step, with so many seconds for each."""
-        if not self.history and self._start is None:
-            return True
-        since = self.history[-1].time if self.history else self._began
-        return now - since >= (step - self.step) * pace
+    def _ahead(self, step: int) -> int:
+        """Steps from the last complete one; none if nobody knows where the run is."""
+        return step - self.step if self.history or self._start is not None else 0
+
+    @property
+    def _last_time(self) -> float:
+        return self.history[-1].time if self.history else self._began
 
     def _summarize(self, step: int, records: Sequence[PeerRecord], now: float) -> StepSummary:
         before = self.history[-1].time if self.history else -math.inf
@@ -379,14 +385,14 @@ class Monitor:
         lengths = iter(winsorized([record.tokens / record.samples for record in records if record.samples]))
         length = [next(lengths) if record.samples else 0.0 for record in records]
         seconds = made - before if self.history and self.step == step - 1 else math.inf
-        rates = []
-        for record, its in zip(records, samples, strict=True):
-            most = BUSY * its / seconds if 0 < seconds < math.inf else math.inf
-            rates.append(min(record.samples_per_second, most))
-        token_rates = [
-            min(record.tokens_per_second, 2 * rate * each)  # one is the usual rate, the other one the latest
-            for record, rate, each in zip(records, rates, length, strict=True)
-        ]
+        share = max(statistics.median(record.compute_share for record in records), LEAST_SHARE)
+        rates, token_rates = [], []
+        for record, its, each in zip(records, samples, length, strict=True):
+            known = 0 < seconds < math.inf
+            rate = min(record.samples_per_second, BUSY * its / (share * seconds) if known else math.inf)
+            rates.append(rate)
+            most = PUNCTUAL * its * each / seconds if known else 2 * rate * each
+            token_rates.append(min(record.tokens_per_second, most))
         sketches = [record.sketch for record in records if len(record.sketch) == SKETCH_SIZE]
         return StepSummary(
             step=step,

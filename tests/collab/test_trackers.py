@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing(tmp_path, caplog):
     trackers = Trackers(history, [_Slot("moody", lambda: moody)])
     trackers.log({"loss": 1.0}, 1)
     history._file.close()
-    history._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the system's own full disk
+    history._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the system's own full disk
     history.path, real = Path("/dev/full"), history.path
     trackers.log({"loss": 2.0}, 2)
     assert steps(real) == [1] and moody.seen == [1] and "Free some space" in caplog.text
@@ -219,7 +219,7 @@ def killed(program: str, **env: str) -> None:
 def trackio_rows(folder: Path) -> list[tuple]:
     [database] = folder.glob("*.db")
     with sqlite3.connect(database) as connection:
-        return connection.execute("SELECT run_id, run_name, step, metrics, timestamp FROM metrics ORDER BY id").fetchall()
+        return connection.execute("SELECT run_id, run_name, step, metrics, timestamp FROM metrics").fetchall()
 
 
 def trackio_steps(folder: Path) -> list[int]:
