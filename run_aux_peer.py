@@ -43,7 +43,7 @@ from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
 from collab.metrics import AuxRecord, announce_saved, metrics_validators, read_records
 from collab.modelcard import model_card
-from collab.monitor import Monitor, StepSummary
+from collab.monitor import OVERSHOOT, Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
 from collab.page import PeerView, Round, RunView, render_page
 from collab.peer import Peer
@@ -144,7 +144,7 @@ def main() -> None:
             last_step=settings["max_global_steps"],
             start=None if network.initial_peers else optimizer.local_epoch,
         )
-        contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
+        contributions = Contributions(run_folder / CONTRIBUTIONS, most=OVERSHOOT * settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
         started = time.time()
 
@@ -214,8 +214,8 @@ def main() -> None:
                             console.line(f"Settings from global step {monitor.step} on: {in_words(settings, wanted)}")
                             settings = task.settings = wanted
                             optimizer.adopt(settings)
-                            contributions.most = max(contributions.most, settings["target_batch_size"])
-                            monitor.target_batch_size = contributions.most
+                            monitor.target_batch_size = max(monitor.target_batch_size, settings["target_batch_size"])
+                            contributions.most = OVERSHOOT * monitor.target_batch_size
                             monitor.last_step = settings["max_global_steps"]
                 console.live(live_line(monitor, optimizer, settings["max_global_steps"]))
 

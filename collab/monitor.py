@@ -30,6 +30,7 @@ STUCK = 10.0  # times the usual length of a step, after which a minority is beli
 UNKNOWN_PACE = 30.0  # seconds in a global step, for those whom most peers do not bear out, before there is a history
 RECENT = 20  # steps
 MAX_OPEN = 5000  # steps that wait; a liar may report a new one at every look
+OVERSHOOT = 1.25  # times the target batch: a peer goes on until its micro-batch is done and the group is there
 SLACK = 1.1  # of the samples that a round counted: those that came too late for it
 BUSY = 4.0  # times the usual share of computing, within which a peer's speed has to agree with what it gave
 LEAST_SHARE = 0.05
@@ -205,7 +206,7 @@ class Monitor:
 
     :param history: steps that are known already, for an auxiliary peer that was restarted.
     :param lifetime: seconds for which a peer counts as live after it said so last: the run's `metadata_expiration`.
-    :param target_batch_size: what one peer can put into a global step at most, in samples.
+    :param target_batch_size: of the run. One peer puts `OVERSHOOT` times as many samples into a step at most.
     :param last_step: where the run ends; a later step cannot be.
     :param start: the global step at which the run began if there is no history; None: somewhere, it goes on already.
     """
@@ -422,11 +423,11 @@ class Monitor:
 def _plausible_samples(records: Collection[PeerRecord], target: float) -> tuple[list[float], list[float]]:
     """What each peer computed for a step, and what of it went into the common model.
 
-    Nobody gives more than the target batch. Three or more who averaged say how many samples their round had: its median
-    and the median size of a group give the samples of all groups; who claims more gets what `leveled` leaves. Fewer
-    than half then add `SLACK - 1` of the truth at most, if the peers averaged in one group.
+    Nobody gives more than `OVERSHOOT` times the target batch. Three or more who averaged say how many samples their
+    round had: its median and the median size of a group give the samples of all groups; who claims more gets what
+    `leveled` leaves. Fewer than half then add `SLACK - 1` of the truth at most, if the peers averaged in one group.
     """
-    samples = [min(float(record.samples), target) for record in records]
+    samples = [min(float(record.samples), OVERSHOOT * target) for record in records]
     together = [index for index, record in enumerate(records) if record.applied]
     counted = [record.round_samples for record in records if record.applied and record.round_samples]
     if len(counted) >= 3:

@@ -341,7 +341,7 @@ def test_the_curve_stays_within_reach_of_the_honest_losses(honest, liars):
     low, high = min(loss for loss, _ in honest), max(loss for loss, _ in honest)
     reach = max(3 * (high - low), 0.06 * high) + 1e-9
     assert low - reach <= summary.loss <= high + reach
-    assert summary.samples <= sum(n for _, n in honest) + 4096 * len(liars) + 1
+    assert summary.samples <= sum(n for _, n in honest) + 1.25 * 4096 * len(liars) + 1
 
 
 # ---- steps that nobody watched -----------------------------------------------------------------------------------
