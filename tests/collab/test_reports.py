@@ -110,3 +110,27 @@ def test_steps_that_were_made_unobserved_are_asked_for_once_and_come_in_order(st
     assert [round(entry["time"] - now) for entry in entries] == [100 * step - 700 for step in range(1, 8)]
     assert monitor.tokens == 63 and contributions.of_ids == {trainer.peer_id: 700}
     reports.stop()
+
+
+def test_a_liar_in_the_dht_neither_ends_the_run_nor_changes_what_is_written(start_peer, tmp_path):
+    watcher, first = swarm_of_two(start_peer)
+    second, liar = (start_peer(initial_peers=watcher.addresses()) for _ in range(2))
+    for peer in (second, liar):
+        peer.dht.add_validators(metrics_validators("ours"))
+    reports = [Reports(peer, "ours", lifetime=60.0) for peer in (first, second, liar)]
+    reports[2].add(of(liar, 1000, loss=1e4, samples=10**15, samples_total=10**15))
+    trackers = make_trackers([], tmp_path, "p", "r", {})
+    monitor = Monitor(lifetime=60.0, target_batch_size=1000, last_step=1000)
+    contributions = Contributions(tmp_path / FILE, most=1000)
+    recorder = Recorder(watcher, "ours", monitor, contributions, trackers, lambda summary: None)
+    for step in (1, 2, 3):
+        for mine in reports[:2]:
+            mine.add(of(mine._peer, step, samples=100, samples_total=100 * step))
+        assert wait_for(lambda: monitor.step == step), (monitor.step, recorder.health)  # noqa: B023
+    recorder.stop(15)
+    trackers.close()
+    entries = read_history(tmp_path / HISTORY)
+    assert [(entry["step"], entry["loss"], entry["samples"]) for entry in entries] == [(n, 2.0, 200) for n in (1, 2, 3)]
+    assert contributions.of_ids == {first.peer_id: 300, second.peer_id: 300}
+    for each in reports:
+        each.stop()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from collab.trackers import read_history
+from tests.collab.test_trackers import trackio_steps, wandb_steps
 from tests.swarm.conftest import Swarm
 from tests.swarm.processes import Program, wait_until
 
@@ -53,8 +54,6 @@ def test_steps_that_were_made_while_the_auxiliary_peer_was_dead_are_in_the_histo
     counted = json.loads((folder / "contributions.json").read_text())["names"]
     total = max(record["samples_total"] for record in records.values() if record["step"] <= found[-1])
     assert counted["trainer"] == pytest.approx(total, rel=0.01)
-
-    from tests.collab.test_trackers import trackio_steps, wandb_steps
 
     assert trackio_steps(folder / "trackio") == found
     assert wandb_steps(folder) == Counter(found)
