@@ -22,7 +22,7 @@ MAX_REASON = 200
 MAX_DEVICE = 60
 TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
-MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,500
+MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,400
 CLOCKS_APART = 10.0  # seconds; hivemind refuses peers that are 3 apart
 
 Role = Literal["trainer", "client", "auxiliary"]

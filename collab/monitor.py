@@ -22,8 +22,9 @@ from collab.robust import leveled, weighted_mean, winsorized
 
 PATIENCE = 5.0
 """Seconds to wait for the records of a step after the first one came: peers publish within moments of each other."""
-TIE_PATIENCE = 30.0
-"""The same as long as only half of the peers have made the step: the others are slow, or dead, or somebody lies."""
+TIE_PATIENCE = 10.0
+"""The same as long as only half of the peers have made the step: the others are slow, or dead, or have taken over its
+state and say nothing of it before their next step, or somebody lies."""
 FASTEST = 4.0
 LEAST_PACE = 0.25  # seconds in a global step; nothing trains faster
 STUCK = 10.0  # times the usual length of a step, after which a minority is believed
