@@ -398,6 +398,11 @@ class AuxArguments:
 
     run_folder: str | None = option(None, "Folder for metrics, page and checkpoints. Left out: runs/RUN_ID.")
     report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
+    trackio_space: str | None = option(
+        None,
+        "Show Trackio's curves to everybody as well: ORG/NAME of a Space on the Hugging Face Hub, made if it does not "
+        "exist, or the address of a Trackio server with its write_token. Needs trackio in report_to.",
+    )
     save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
     find_public_ip: bool = option(
         True,
@@ -414,6 +419,15 @@ class AuxArguments:
     def __post_init__(self) -> None:
         for name in self.report_to:
             require(name in ("trackio", "wandb", "none"), "report_to", self.report_to, "trackio, wandb or none")
+        space = self.trackio_space
+        require(
+            space is None or "://" in space or space.count("/") == 1,
+            "trackio_space", "the one given", "ORG/NAME, or an address that begins with http:// or https://",
+        )  # fmt: skip
+        require(
+            space is None or "trackio" in self.report_to,
+            "trackio_space", "the one given", "left out, or trackio added to report_to",
+        )  # fmt: skip
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
         at = self.change_at_step
         require(at is None or at >= 1, "change_at_step", at, "at least 1")

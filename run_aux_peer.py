@@ -10,9 +10,12 @@ import contextlib
 import json
 import logging
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+from hivemind.utils import get_dht_time
 
 from arguments import (
     AGREED,
@@ -39,9 +42,9 @@ from collab.keeper import Keeper, Saved
 from collab.lease import LIFETIME, Lease
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command, read_kept
-from collab.metrics import announce_saved, metrics_validators, read_records
+from collab.metrics import AuxRecord, announce_saved, metrics_validators, read_records
 from collab.modelcard import CURVE, model_card
-from collab.monitor import Monitor, StepSummary
+from collab.monitor import OVERSHOOT, Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
 from collab.page import PeerView, Round, RunView, loss_in_words, render_page
 from collab.peer import Peer
@@ -49,7 +52,7 @@ from collab.processes import StopSignal, guard_children, restart_program, run_pr
 from collab.public_address import public_addresses
 from collab.publish import Publisher, Publishing
 from collab.reachability import start_peer
-from collab.recorder import Recorder
+from collab.recorder import Presence, Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from tasks import Task, find_task
@@ -127,11 +130,22 @@ def main() -> None:
         elif task.first_weights == "here":
             optimizer.state_averager.hold_state()  # trainers do not have them
         trackers = make_trackers(
-            [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
+            [name for name in mine.report_to if name != "none"],
+            run_folder,
+            run_id,
+            run_id,
+            dict(settings),
+            mine.trackio_space,
         )
         publisher = Publisher(mine.repo_id) if mine.repo_id else None
-        monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
-        contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
+        monitor = Monitor(
+            [StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)],
+            lifetime=settings["metadata_expiration"],
+            target_batch_size=settings["target_batch_size"],
+            last_step=settings["max_global_steps"],
+            start=None if network.initial_peers else optimizer.local_epoch,
+        )
+        contributions = Contributions(run_folder / CONTRIBUTIONS, most=OVERSHOOT * settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
         started = time.time()
 
@@ -151,6 +165,16 @@ def main() -> None:
             console.line(f"Saved the state of global step {step} to {folder}")
             return folder
 
+        def describe() -> AuxRecord:
+            return AuxRecord(
+                name=peer.peer_id[-6:],
+                peer_id=peer.peer_id,
+                version=CODE_VERSION,
+                rounds=assistant.rounds,
+                saved_step=keeper.newest.step if keeper.newest else 0,
+                reported=get_dht_time(),
+            )
+
         def tell(made: StepSummary) -> None:
             console.line(step_line(made, settings["max_global_steps"], started))
 
@@ -165,6 +189,7 @@ def main() -> None:
             last_step=lambda: settings["max_global_steps"],
             timeout=settings["averaging_timeout"],
         )  # fmt: skip
+        presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
 
         def show(finished: bool = False) -> None:
             view = look(task, monitor, settings, started, join_line, keeper.newest, trackers.where(), finished)
@@ -173,7 +198,7 @@ def main() -> None:
                 write_text(run_folder / PEERS, "\n".join(others) + "\n")
 
         page = Repeated("Writing the page", show, PAGE_SECONDS)
-        duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
+        duties = [welcome, recorder, presence, keeper, assistant, lookout, changes, page]
         if publisher:
             lease = Lease(peer, manifest.swarm_id, "publishing", min(LIFETIME, settings["metadata_expiration"]))
             publishing = Publishing(publisher, keeper, lease, run_folder / "checkpoints", manifest.swarm_id)
@@ -191,7 +216,9 @@ def main() -> None:
                             console.line(f"Settings from global step {monitor.step} on: {in_words(settings, wanted)}")
                             settings = task.settings = wanted
                             optimizer.adopt(settings)
-                            contributions.most = max(contributions.most, settings["target_batch_size"])
+                            monitor.target_batch_size = max(monitor.target_batch_size, settings["target_batch_size"])
+                            contributions.most = OVERSHOOT * monitor.target_batch_size
+                            monitor.last_step = settings["max_global_steps"]
                 console.live(live_line(monitor, optimizer, settings["max_global_steps"]))
 
             # ---- leave: nothing that was reached is lost
@@ -254,11 +281,10 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
         raise UserError(
             f"Only the run's organizer can change it, the peer {manifest.organizer}. Start with its --identity_path."
         )
-    made = max(
-        [record.step for record in read_records(peer, manifest.settings["run_id"])]
-        + [entry["step"] for entry in read_history(run_folder / HISTORY)],
-        default=0,
-    )
+    history = [entry["step"] for entry in read_history(run_folder / HISTORY)]
+    records = read_records(peer, manifest.settings["run_id"])
+    # the median, because a single peer may say anything
+    made = max(*history, 0, statistics.median_high([record.step for record in records] or [0]))
     if at_step <= made:
         raise UserError(
             f"Global step {made} is made already. Give a --change_at_step that all peers can still hear of."

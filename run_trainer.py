@@ -34,17 +34,19 @@ from collab.checkpoint import (
 )
 from collab.console import Console, Stages, show_log
 from collab.contributions import counted_by_organizer
+from collab.device import in_words as devices_in_words
 from collab.device import pick_devices
 from collab.errors import UserError
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
 from collab.memory import memory_in_use, peak_on_device
-from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, publish_record, wait_until_saved
+from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
+from collab.reports import Reports
 from collab.selftest import self_test
 from collab.speed import Speed, count_flops, peak_flops
 from collab.step import TrainingStep, checkpoint_layers, possible_ways
@@ -126,6 +128,7 @@ def main() -> None:
         )
         stop.listen()
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
+        reports = Reports(peer, run_id, settings["metadata_expiration"])
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
         if network.bandwidth is None and not peer.on_loopback_only:
             measure_in_background(peer, optimizer.use_measured_bandwidth)
@@ -243,6 +246,7 @@ def main() -> None:
                     name=name,
                     peer_id=peer.peer_id,
                     version=CODE_VERSION,
+                    device=devices_in_words(devices),
                     step=step,
                     loss=min(loss_sum / weights, MAX_LOSS) if weights else 0.0,
                     samples=samples,
@@ -254,10 +258,11 @@ def main() -> None:
                     memory=memory,
                     client_mode=peer.client_mode,
                     time=get_dht_time(),
+                    reported=get_dht_time(),
                     **speed.take(),
                     **report.as_record(),
                 )
-                publish_record(peer, run_id, record, lifetime=max(60.0, settings["metadata_expiration"]))
+                reports.add(record)
                 console.line(record.as_line(settings["max_global_steps"]))
                 place.save(batches.state_dict())
                 random = random_state()
@@ -290,6 +295,7 @@ def main() -> None:
             console.line(f"{name} gave {samples_total:,} samples to the common model.{altogether} Thank you!")
         finally:
             changes.stop()
+            reports.stop()
             lookout.stop()
             optimizer.leave()
 

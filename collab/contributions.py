@@ -3,17 +3,20 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from collab.files import write_text
 from collab.metrics import PeerRecord
+from collab.monitor import SLACK, StepSummary
 from collab.peer import Peer
+from collab.robust import leveled
 
 PROTOCOL = "samiti/contributions/1"  # under this name the organizer serves the file
 FILE = "contributions.json"
 ASK_SECONDS = 1.0
+KEPT_SHARE = 0.9  # of what nobody has claimed yet, from one look with new steps to the next
 
 
 @dataclass
@@ -31,8 +34,9 @@ class Contributions:
     """Adds up what peers report, over their sessions and over restarts of this program.
 
     A peer reports how many of its samples were averaged in its session so far, so that no sample is lost when a record
-    is missed. The peer's key has signed it (collab/metrics.py), but nobody can check the number: it counts up to
-    `most` samples for each global step.
+    is missed. The peer's key has signed it (collab/metrics.py), but nobody can check the number. It counts up to `most`
+    samples for each global step; and all peers together get what the monitor found plausible for the swarm's steps, or
+    little more: who claims too much gets no more than those who claim most beside it (`robust.leveled`).
 
     :param file: where it is kept.
     :param most: what one peer can put into a global step at most, in samples: the run's target batch.
@@ -42,9 +46,11 @@ class Contributions:
         self.file, self.most = file, most
         self.of_peers: dict[str, Contribution] = {}
         """By peer id."""
+        self._step, self._unclaimed = 0, 0.0
         if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))["peers"]
-            self.of_peers = {peer: Contribution(**entry) for peer, entry in kept.items()}
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self.of_peers = {peer: Contribution(**entry) for peer, entry in kept["peers"].items()}
+            self._step, self._unclaimed = kept.get("step", 0), kept.get("unclaimed", 0.0)
         else:
             self._keep()
 
@@ -56,24 +62,47 @@ class Contributions:
             total[contribution.name] += contribution.samples
         return dict(total.most_common())
 
-    def update(self, records: Iterable[PeerRecord]) -> None:
-        """Take in the records of the peers that are there now, and keep the result."""
-        changed = False
+    def update(self, records: Iterable[PeerRecord], made: Sequence[StepSummary]) -> None:
+        """Count what peers have given to the steps that are complete, and keep the result.
+
+        :param records: of the peers that are there now. Those of later steps count once these are complete.
+        :param made: the steps that were completed since the last call, in order.
+        """
+        if made:
+            self._unclaimed *= KEPT_SHARE
+        for summary in made:
+            unobserved = summary.step - self._step - 1
+            self._unclaimed += SLACK * summary.samples + (self.most * unobserved if unobserved > 0 else 0.0)
+            self._step = max(self._step, summary.step)
+        news: list[tuple[PeerRecord, float]] = []
         for record in records:
+            known = self.of_peers.get(record.peer_id, Contribution(record.name))
+            if record.step <= self._step and (record.samples_total, record.name) != (known.session, known.name):
+                began_anew = record.samples_total < known.session
+                claimed = record.samples_total - (0 if began_anew else known.session)
+                news.append((record, min(claimed, self.most * max(1, record.step - known.step))))
+        granted = leveled([claimed for _, claimed in news], self._unclaimed)
+        for (record, _), samples in zip(news, granted, strict=True):
             known = self.of_peers.setdefault(record.peer_id, Contribution(record.name))
-            if (record.samples_total, record.name) == (known.session, known.name):
-                continue
-            began_anew = record.samples_total < known.session
-            news = record.samples_total - (0 if began_anew else known.session)
-            known.samples += int(min(news, self.most * max(1, record.step - known.step)))
+            known.samples += int(samples)
             known.name, known.session, known.step = record.name, record.samples_total, record.step
-            changed = True
-        if changed:
+        self._unclaimed -= sum(granted)
+        if made or news:
             self._keep()
 
     def _keep(self) -> None:
-        peers = {peer: asdict(contribution) for peer, contribution in self.of_peers.items()}
-        write_text(self.file, json.dumps({"names": self.of_names(), "peers": peers}, indent=1) + "\n")
+        kept = {
+            "names": self.of_names(),
+            "peers": {peer: asdict(contribution) for peer, contribution in self.of_peers.items()},
+            "step": self._step,
+            "unclaimed": self._unclaimed,
+        }
+        write_text(self.file, json.dumps(kept, indent=1) + "\n")
+
+    @property
+    def of_ids(self) -> dict[str, int]:
+        """Samples by peer id."""
+        return {peer: contribution.samples for peer, contribution in self.of_peers.items()}
 
 
 def counted_by_organizer(peer: Peer, organizer: str, name: str) -> int | None:

@@ -36,6 +36,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def in_words(devices: Sequence[torch.device]) -> str:
+    """What a peer computes on, in public: "cuda 2 x NVIDIA RTX 3060" or "cpu, 2 threads"; 60 characters at most.
+
+    The processor of a computer without a GPU is nobody's business.
+    """
+    kind = devices[0].type
+    if kind == "cuda":
+        number = f"{len(devices)} x " if len(devices) > 1 else ""
+        return f"cuda {number}{torch.cuda.get_device_name(devices[0])}"[:60]
+    return f"cpu, {torch.get_num_threads()} threads" if kind == "cpu" else kind
+
+
 def pick_precision(wanted: str, device: torch.device, allowed: Sequence[str] = tuple(PRECISIONS)) -> torch.dtype:
     """The dtype of the forward and backward pass; weights, gradients and averaging stay in float32.
 

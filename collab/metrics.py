@@ -2,9 +2,11 @@
 
 import logging
 import time
+from typing import Literal, TypeVar
 
+from hivemind.dht.routing import DHTID
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
-from hivemind.dht.validation import RecordValidatorBase
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, conlist, constr
 
@@ -17,8 +19,13 @@ logger = logging.getLogger(__name__)
 MAX_STEP = 10**9
 MAX_LOSS = 1e4  # far more than any that is of use
 MAX_REASON = 200
+MAX_DEVICE = 60
 TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
+MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,400
+CLOCKS_APART = 10.0  # seconds; hivemind refuses peers that are 3 apart
+
+Role = Literal["trainer", "client", "auxiliary"]
 
 
 class PeerRecord(BaseModel):
@@ -27,12 +34,18 @@ class PeerRecord(BaseModel):
     name: constr(strict=True, max_length=40)  # type: ignore[valid-type]
     peer_id: constr(strict=True, max_length=64)  # type: ignore[valid-type]
     version: constr(strict=True, max_length=32)  # type: ignore[valid-type]
+    device: constr(strict=True, max_length=MAX_DEVICE)  # type: ignore[valid-type]
+    """What it computes on, for people: `collab.device.in_words`."""
     step: conint(strict=True, ge=0, le=MAX_STEP)  # type: ignore[valid-type]
     """The global step that this peer has just finished; the first one is 1."""
     loss: confloat(strict=True, ge=0.0, le=MAX_LOSS)  # type: ignore[valid-type]
     """Mean training loss of the samples that this peer put into that step, in nats; 0 if it put in none."""
     samples: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Samples that this peer put into that step."""
+    tokens: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Real tokens, without padding, in those samples."""
+    round_samples: confloat(strict=True, ge=0.0, le=1e15)  # type: ignore[valid-type]
+    """Samples of all peers in the part of the average that this peer computed; 0 if it computed none."""
     samples_total: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
     """Samples of this session that were really averaged into the common model."""
     samples_per_second: confloat(strict=True, ge=0.0, le=1e9)  # type: ignore[valid-type]
@@ -73,8 +86,16 @@ class PeerRecord(BaseModel):
     client_mode: StrictBool
     time: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
     """Swarm time (hivemind's `get_dht_time`) in seconds at which the step was finished."""
+    reported: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
+    """Swarm time at which the peer last said that it is still there."""
+    left: StrictBool = False
+    """Whether this was its goodbye."""
     reason: constr(strict=True, max_length=MAX_REASON) = ""  # type: ignore[valid-type]
     """Why the round was not applied, in a few words; empty if it was."""
+
+    @property
+    def role(self) -> Role:
+        return "client" if self.client_mode else "trainer"
 
     @property
     def alone(self) -> bool:
@@ -99,18 +120,96 @@ class PeerRecord(BaseModel):
         )
 
 
+class AuxRecord(BaseModel):
+    """What an auxiliary peer says of itself, every few seconds."""
+
+    name: constr(strict=True, max_length=40)  # type: ignore[valid-type]
+    peer_id: constr(strict=True, max_length=64)  # type: ignore[valid-type]
+    version: constr(strict=True, max_length=32)  # type: ignore[valid-type]
+    rounds: conint(strict=True, ge=0, le=MAX_STEP)  # type: ignore[valid-type]
+    """Averaging rounds of this session that it helped with."""
+    saved_step: conint(strict=True, ge=0, le=MAX_STEP)  # type: ignore[valid-type]
+    """Global step of its newest checkpoint; 0 if it has none."""
+    reported: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
+    """Swarm time in seconds."""
+    left: StrictBool = False
+    """Whether this was its goodbye."""
+
+    @property
+    def role(self) -> Role:
+        return "auxiliary"
+
+
+Record = TypeVar("Record", PeerRecord, AuxRecord)
+
+
 class _MetricsSchema(BaseModel):
     metrics: dict[BytesWithPublicKey, PeerRecord]
+    auxiliaries: dict[BytesWithPublicKey, AuxRecord]
+
+
+class SizeValidator(RecordValidatorBase):
+    """Refuses records under some keys that are longer than any honest one, before anything parses them."""
+
+    def __init__(self, keys: list[str], most: int) -> None:
+        self._most = {DHTID.generate(source=key).to_bytes(): most for key in keys}
+
+    def validate(self, record: DHTRecord) -> bool:
+        most = self._most.get(record.key)
+        return most is None or len(record.value) + len(record.subkey or b"") <= most
+
+    @property
+    def priority(self) -> int:
+        return 100  # validators run from the highest to the lowest: before the signature's, which has 10
+
+    def merge_with(self, other: RecordValidatorBase) -> bool:
+        if not isinstance(other, SizeValidator):
+            return False
+        self._most |= other._most
+        return True
 
 
 def metrics_validators(run_id: str) -> list[RecordValidatorBase]:
-    """Validators that every peer of a run adds to its DHT: records that break the schema are not stored anywhere."""
-    return [SchemaValidator(_MetricsSchema, prefix=run_id)]
+    """Validators that every peer of a run adds to its DHT: records that break the schema, or that are longer than
+    `MAX_RECORD_BYTES`, are not stored anywhere."""
+    keys = [_key(run_id), _auxiliaries_key(run_id)]
+    return [SchemaValidator(_MetricsSchema, prefix=run_id), SizeValidator(keys, MAX_RECORD_BYTES)]
 
 
-def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float) -> None:
+def is_live(record: PeerRecord | AuxRecord, lifetime: float, now: float | None = None) -> bool:
+    """Whether the peer is there by its own word; the DHT holds records longer than that.
+
+    :param lifetime: seconds for which its word counts: the run's `metadata_expiration`. A time in the future does not.
+    :param now: swarm time.
+    """
+    now = get_dht_time() if now is None else now
+    return not record.left and now - lifetime <= record.reported <= now + CLOCKS_APART
+
+
+def publish_auxiliary(peer: Peer, run_id: str, record: AuxRecord, lifetime: float) -> MPFuture:
+    """Store an auxiliary peer's record under its signature, for `lifetime` seconds."""
+    return peer.dht.store(
+        key=_auxiliaries_key(run_id),
+        subkey=peer.signature_key,
+        value=record.dict(),
+        expiration_time=get_dht_time() + lifetime,
+        return_future=True,
+    )
+
+
+def ask_for_auxiliaries(peer: Peer, run_id: str) -> MPFuture:
+    """The auxiliary peers' records: give the result to `auxiliaries_in`."""
+    return peer.dht.get(_auxiliaries_key(run_id), latest=True, return_future=True)
+
+
+def auxiliaries_in(answer: ValueWithExpiration | None) -> list[AuxRecord]:
+    """`records_in` for auxiliary peers."""
+    return _signed_in(answer, AuxRecord)
+
+
+def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float) -> MPFuture:
     """Store `record` in the DHT under this peer's signature, for `lifetime` seconds, without waiting for it."""
-    peer.dht.store(
+    return peer.dht.store(
         key=_key(run_id),
         subkey=peer.signature_key,
         value=record.dict(),
@@ -131,18 +230,22 @@ def ask_for_records(peer: Peer, run_id: str) -> MPFuture:
 
 def records_in(answer: ValueWithExpiration | None) -> list[PeerRecord]:
     """The records in a DHT's answer whose signature, peer id and fields are as they should be."""
+    return _signed_in(answer, PeerRecord)
+
+
+def _signed_in(answer: ValueWithExpiration | None, kind: type[Record]) -> list[Record]:
     if not isinstance(answer, ValueWithExpiration) or not isinstance(answer.value, dict):
         return []
     records = []
     for key, entry in answer.value.items():
         try:
-            record = PeerRecord.parse_obj(entry.value)
+            record = kind.parse_obj(entry.value)
             # The signature tells who wrote it, and contributions are counted by what it says.
             if record.peer_id != peer_id_of_key(key):
                 raise ValueError(f"it claims the peer id {record.peer_id} under the key of another")
             records.append(record)
         except (ValidationError, ValueError) as error:
-            logger.debug("A metrics record was left out: %s", error)
+            logger.debug("A record was left out: %s", error)
     return records
 
 
@@ -166,3 +269,7 @@ def wait_until_saved(peer: Peer, run_id: str, step: int, timeout: float, stop: S
 
 def _key(run_id: str) -> str:
     return f"{run_id}_metrics"
+
+
+def _auxiliaries_key(run_id: str) -> str:
+    return f"{run_id}_auxiliaries"

@@ -86,6 +86,7 @@ class RoundReport:
         """The fields of a `PeerRecord` that this verdict decides about."""
         same = ("applied", "parts", "bytes_sent", "bytes_received", "matchmaking_seconds", "allreduce_seconds")
         renamed = {"peers_met": self.met, "peers_expected": self.expected, "reason": self.reason[:MAX_REASON]}
+        renamed["round_samples"] = float(self.samples)
         return {name: getattr(self, name) for name in same} | renamed
 
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Literal
 
+from collab.names import public_name
+
 REFRESH_SECONDS = 5
 SHOWN_ROUNDS = 40
 CURVE_POINTS = 240  # more than this many steps are averaged in groups: a screen shows no more, and the page stays small
-NAME_LENGTH = 40
 
 Verdict = Literal["full", "partial", "alone"]
 
@@ -170,16 +170,6 @@ def loss_in_words(history: Sequence[Round]) -> str:
         return f"Loss {_number(now)} at step {last:,}."
     verb = "fell" if now < before else "rose"
     return f"Loss {verb} from {_number(before)} at step {first:,} to {_number(now)} at step {last:,}."
-
-
-def public_name(name: str) -> str:
-    """A stranger's name as one short line: no control or invisible characters, which could reorder what is around it.
-
-    It is still text and has to be escaped for the place where it is put.
-    """
-    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in name)
-    line = " ".join(visible.split()) or "anonymous"
-    return line if len(line) <= NAME_LENGTH else f"{line[: NAME_LENGTH - 1]}…"
 
 
 def verdict(met: int, expected: int) -> Verdict:

@@ -171,16 +171,18 @@ class Peer:
         """Hand the content of `file` to every peer that asks this one for `name`; it is read anew each time."""
         self.dht.run_coroutine(partial(_serve, name=name, file=file.resolve()))
 
-    def fetch(self, peer_id: str, name: str, timeout: float = 30.0) -> bytes:
+    def fetch(self, peer_id: str, name: str, timeout: float = 30.0, most_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
         """Ask `peer_id` for what it serves under `name`.
 
         The connection itself proves that the answer comes from the holder of that peer id's key (libp2p's handshake).
 
-        :raises OSError: the peer cannot be reached, serves nothing under that name, or takes longer than `timeout`.
+        :param most_bytes: a longer answer is not read.
+        :raises OSError: the peer cannot be reached, serves nothing under that name, takes longer than `timeout`, or
+          says too much.
         """
         with tempfile.TemporaryDirectory(prefix="samiti-") as folder:
             target = Path(folder, "fetched")
-            work = partial(_fetch, peer_id=peer_id, name=name, timeout=timeout, target=target)
+            work = partial(_fetch, peer_id=peer_id, name=name, timeout=timeout, most_bytes=most_bytes, target=target)
             future = self.dht.run_coroutine(work, return_future=True)
             failure = future.result(timeout + 5.0)
             if failure is not None:
@@ -405,15 +407,17 @@ async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
     await asyncio.wait_for(node.p2p.add_binary_stream_handler(name, handler), DAEMON_SECONDS)
 
 
-async def _fetch(_dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: float, target: Path) -> str | None:
+async def _fetch(
+    _dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: float, most_bytes: int, target: Path
+) -> str | None:
     """Returns the reason when it fails: an exception here would also print a traceback in the DHT's process."""
 
     async def receive() -> None:
         _, reader, writer = await node.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), name)
         try:
             length = int.from_bytes(await reader.readexactly(HEADER_BYTES), "big")
-            if length > MAX_PAYLOAD_BYTES:
-                raise OSError(f"it announced {length} bytes, more than {MAX_PAYLOAD_BYTES} are never needed")
+            if length > most_bytes:
+                raise OSError(f"it announced {length} bytes, more than {most_bytes} are never needed")
             target.write_bytes(await reader.readexactly(length))
         finally:
             writer.close()

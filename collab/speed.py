@@ -50,10 +50,11 @@ class Speed:
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         shares = {part: min(1.0, self._seconds[part] / seconds) for part in ("data", "compute", "averaging")}
-        rate = self._tokens / seconds
+        tokens, rate = self._tokens, self._tokens / seconds
         self._seconds.clear()
         self._tokens, self._since = 0, now
         return {
+            "tokens": tokens,
             "tokens_per_second": rate,
             "mfu": min(1.0, rate * self._flops_per_token / self._peak) if self._peak else 0.0,
             "data_wait": shares["data"],

@@ -275,6 +275,7 @@ IMPOSSIBLE = [
     (AuxArguments, "report_to", ["tensorbored"]),
     (AuxArguments, "save_every", 0),
     (AuxArguments, "repo_id", "only-a-name"),
+    (AuxArguments, "trackio_space", "only-a-name"),
 ]
 
 

@@ -3,10 +3,22 @@
 import pytest
 import torch
 
-from collab.device import pick_devices, pick_precision
+from collab.device import in_words, pick_devices, pick_precision
 from collab.errors import UserError
+from collab.metrics import MAX_DEVICE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_a_device_is_named_in_public_in_a_few_words(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
+    assert in_words([torch.device("cpu")]) == "cpu, 2 threads"
+    gpus = [torch.device("cuda", index) for index in range(2)]
+    assert in_words(gpus[:1]) == "cuda NVIDIA GeForce RTX 3060"
+    assert in_words(gpus) == "cuda 2 x NVIDIA GeForce RTX 3060" and in_words([torch.device("mps")]) == "mps"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "x" * 500)
+    assert len(in_words(gpus)) == MAX_DEVICE
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "mps:x", "cuda:-1"])

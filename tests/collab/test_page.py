@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from collab.page import PeerView, Round, RunView, curve_svg, loss_in_words, public_name, render_page, verdict
+from collab.names import public_name
+from collab.page import PeerView, Round, RunView, curve_svg, loss_in_words, render_page, verdict
 
 NOW = 1_795_000_000.0
 

@@ -6,18 +6,26 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
 from collab.errors import UserError
 from collab.manifest import PROTOCOL, Manifest, fetch_manifest, join_command
 from collab.metrics import (
+    AuxRecord,
     PeerRecord,
+    SizeValidator,
     announce_saved,
+    ask_for_auxiliaries,
+    auxiliaries_in,
     metrics_validators,
+    publish_auxiliary,
     publish_record,
     read_records,
     wait_until_saved,
@@ -471,7 +479,8 @@ def record(peer: Peer, **changes) -> PeerRecord:
         samples_per_second=5.0, peers_met=2, peers_expected=2, applied=True, skipped_batches=0, parts=1.0,
         bytes_sent=10, bytes_received=10, matchmaking_seconds=1.0, allreduce_seconds=0.5, grad_norm=1.0,
         sketch=[0.5] * 16, client_mode=False, data_wait=0.0, compute_share=1.0, averaging_wait=0.0,
-        tokens_per_second=500.0, mfu=0.0, memory=10**9, time=1.7e9,
+        tokens_per_second=500.0, mfu=0.0, memory=10**9, time=1.7e9, reported=1.7e9, device="cpu, 2 threads", tokens=500,
+        round_samples=20.0,
     )  # fmt: skip
     return PeerRecord(**{**given, **changes})
 
@@ -525,6 +534,9 @@ BAD: list[dict[str, Any]] = [
     {"peers_met": 0},
     {"applied": 1},
     {"time": None},
+    {"device": "x" * 61},
+    {"left": 0},
+    {"reported": float("inf")},
 ]
 
 
@@ -543,6 +555,39 @@ def test_a_record_that_breaks_the_schema_is_not_accepted(pair, start_peer):
     publish_record(second, "ours", record(second), lifetime=60)
     for reader in pair:
         assert wait_for(lambda: set(stored(reader)) == {second.signature_key})  # noqa: B023
+
+
+async def _store_much(_dht, node, key, subkey, value, characters):
+    """In the DHT's process, because its pipe takes no more than 64 KiB."""
+    return await node.store(key, value | {"name": "x" * characters}, get_dht_time() + 60, subkey=subkey)
+
+
+@pytest.mark.parametrize("characters", [10_000, 1_000_000, 10_000_000])
+def test_a_long_text_is_stored_nowhere_and_parsed_by_nobody(pair, start_peer, characters):
+    first, second = pair
+    liar = start_peer(initial_peers=first.addresses())
+    work = partial(
+        _store_much, key="ours_metrics", subkey=liar.signature_key, value=record(liar).dict(), characters=characters
+    )
+    try:
+        liar.dht.run_coroutine(work, return_future=True).result(60)
+    except Exception as error:
+        print(error)
+    publish_record(second, "ours", record(second), lifetime=60)
+    for reader in pair:
+        assert wait_for(lambda: set(stored(reader)) == {second.signature_key})  # noqa: B023
+    assert not SizeValidator(["ours_metrics"], 100).validate(
+        DHTRecord(DHTID.generate(source="ours_metrics").to_bytes(), b"", b"\xc1" * 101, 0.0)
+    ), "more than is needed would be parsed"
+
+
+def test_an_auxiliary_peer_is_known_by_its_own_record(pair):
+    first, second = pair
+    about = AuxRecord(name="aux", peer_id=first.peer_id, version="1", rounds=2, saved_step=7, reported=1.0)
+    publish_auxiliary(first, "ours", about, lifetime=60).result(15)
+    publish_auxiliary(second, "ours", about, lifetime=60).result(15)  # in the name of another
+    for reader in pair:
+        assert wait_for(lambda: auxiliaries_in(ask_for_auxiliaries(reader, "ours").result(15)) == [about])  # noqa: B023
 
 
 def test_a_good_record_of_a_foreign_program_is_accepted(pair, start_peer):

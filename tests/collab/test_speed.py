@@ -26,6 +26,7 @@ def test_shares_and_rates_are_of_the_time_since_the_last_look(now):
         speed.add(3000)
         speed.add(2000)
         assert speed.take() == {
+            "tokens": 5000,
             "tokens_per_second": pytest.approx(500.0),
             "mfu": pytest.approx(0.5),
             "data_wait": pytest.approx(0.1),

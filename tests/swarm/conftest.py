@@ -65,7 +65,7 @@ class Swarm:
         program = self.start(
             "auxiliary", "run_aux_peer.py", "--config", str(config), "--run_folder", str(folder), *arguments
         )
-        program.wait_for_output("Others join with")
+        program.wait_for_output("Others join with", timeout=120)
         wait_until((folder / "join.txt").exists, 10, program.output)
         return program, (folder / "join.txt").read_text().split()[-1]
 

@@ -1,23 +1,22 @@
 """run_trainer.py with one fault: after two rounds of three peers its weights change by themselves, as a memory fault
 would do it."""
 
-from typing import Any
-
 import torch
 
 import run_trainer
 from collab.metrics import PeerRecord
 from collab.processes import run_program
+from collab.reports import Reports
 from tasks.mlm.task import MaskedLM
 
 ROUNDS = 2
-healthy_loss, publish = MaskedLM.loss, run_trainer.publish_record
+healthy_loss, add = MaskedLM.loss, Reports.add
 rounds = 0
 
 
-def publish_record(peer: Any, run_id: str, record: PeerRecord, lifetime: float) -> None:
+def add_and_count(self: Reports, record: PeerRecord) -> None:
     global rounds
-    publish(peer, run_id, record, lifetime)
+    add(self, record)
     rounds += record.peers_met == 3
 
 
@@ -31,7 +30,7 @@ def loss(self: MaskedLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return healthy_loss(self, batch)
 
 
-run_trainer.publish_record = publish_record
+Reports.add = add_and_count  # type: ignore[method-assign]
 MaskedLM.loss = loss  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -3,21 +3,22 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import run_trainer
-from collab.metrics import PeerRecord, publish_record
-from collab.peer import Peer
+from collab.metrics import PeerRecord
 from collab.processes import run_program
+from collab.reports import Reports
+
+add = Reports.add
 
 
-def publish_and_append(peer: Peer, run_id: str, record: PeerRecord, **options: Any) -> None:
-    publish_record(peer, run_id, record, **options)
+def add_and_append(self: Reports, record: PeerRecord) -> None:
+    add(self, record)
     with Path(os.environ["RECORDS"]).open("a") as file:
         file.write(json.dumps(record.dict()) + "\n")
 
 
-run_trainer.publish_record = publish_and_append  # type: ignore[assignment]
+Reports.add = add_and_append  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     run_program(run_trainer.main)
