@@ -9,10 +9,12 @@ type. With --initial_peers it joins a run that is going on already.
 import contextlib
 import json
 import logging
-import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from arguments import (
     AGREED,
@@ -24,11 +26,20 @@ from arguments import (
     pick,
     refuse_contradictions,
 )
+from collab.agreement import sketch
+from collab.archive import Archive
 from collab.assistant import Assistant
 from collab.background import Repeated
 from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
-from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import (
+    Checkpoint,
+    annotate_checkpoint,
+    begin_from_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    save_checkpoint,
+)
 from collab.console import Console, bar, duration, show_log
 from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
@@ -59,7 +70,6 @@ POLL_SECONDS = 0.5
 PAGE_SECONDS = 2.0
 WELCOME_SECONDS = 5.0
 LOST_SECONDS = 30.0  # without a word from libp2p's daemon; it answers in milliseconds
-KEPT_CHECKPOINTS = 3
 NOTEBOOK = Path(__file__).parent / "notebooks" / "volunteer.ipynb"
 PEERS = "peers.txt"  # in the run's folder: addresses of the others, for the next start
 REMEMBERED_SECONDS = 10.0
@@ -109,9 +119,11 @@ def main() -> None:
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
         task = find_task(settings["task"])(settings, folder, cache_dir)
-        resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
-        if resumed:
-            load_weights_into(task.model, resumed.folder)
+        archive = Archive(run_folder / "checkpoints", manifest.swarm_id)
+        resumed = newest_checkpoint(archive, task.model)
+        newest = Saved(resumed.trainer_state["global_step"], resumed.folder) if resumed else None
+        if resumed is None and not network.initial_peers:
+            resumed = begin_from_checkpoint(task.model, settings, cache_dir)
         optimizer = make_optimizer(
             peer,
             weight_decay_groups(task.model, settings["weight_decay"]),
@@ -123,13 +135,15 @@ def main() -> None:
         stop.listen()
         if resumed:
             optimizer.load_state_dict(resumed.optimizer_state)
+            console.line(f"Holds the state of global step {optimizer.local_epoch}, from {resumed.folder}")
         elif task.first_weights == "here":
-            optimizer.state_averager.hold_state()  # trainers do not have them
+            optimizer.state_averager.hold_state(0)  # trainers do not have them
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"], run_folder, run_id, run_id, dict(settings)
         )
         publisher = Publisher(mine.repo_id) if mine.repo_id else None
         monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
+        samples_before = uncounted_samples(resumed, monitor)
         contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
         started = time.time()
@@ -142,12 +156,49 @@ def main() -> None:
         write_text(run_folder / NOTEBOOK.name, notebook)
 
         # ---- the duties: each goes on by itself, whatever becomes of the others
-        def keep(step: int) -> Path:
+        def card(step: int, measured: dict[str, float]) -> str:
             names = list(contributions.of_names())
-            folder = save(task, optimizer.state_dict(), step, monitor, names, run_folder, settings, mine, join_line)
+            samples = samples_before + monitor.samples
+            return card_of(task, step, samples, names, settings, mine, join_line, measured)
+
+        def keep(step: int, checks: dict[str, Any]) -> Path:
+            state = optimizer.state_dict()
+            state["state"]["local_epoch"] = step  # the assistant may be further already
+            save_checkpoint(
+                folder := archive.place(step),
+                save_pretrained=task.save_pretrained,
+                optimizer_state=state,
+                trainer_state={
+                    "run_id": run_id,
+                    "swarm_id": manifest.swarm_id,
+                    "global_step": step,
+                    "samples": samples_before + monitor.samples,
+                    "sketch": sketch(task.model.parameters()),
+                    "checks": checks,
+                    "sources": settings["sources"],
+                    "settings": settings,
+                    "version": CODE_VERSION,
+                },
+                model_card=card(step, {}),
+                more_files={KEPT: changes.manifest.signed},
+            )
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
             return folder
+
+        def measure_and_prune(step: int, folder: Path) -> None:
+            def is_over() -> bool:
+                return bool(step < settings["max_global_steps"] <= monitor.step)
+
+            try:
+                if mine.held_out_batches and (measured := measure(task, mine.held_out_batches, is_over)):
+                    annotate_checkpoint(folder, measured, card(step, measured))
+                    figures = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
+                    console.line(f"Global step {step}: {figures}")
+                    if step <= monitor.step:  # a line for a later one would be that step's only line
+                        trackers.log(measured, step)
+            finally:
+                archive.prune(mine.keep_last, mine.keep_every, mine.keep_best)
 
         def tell(made: StepSummary) -> None:
             console.line(step_line(made, settings["max_global_steps"], started))
@@ -158,10 +209,12 @@ def main() -> None:
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
         assistant = Assistant(optimizer)
         keeper = Keeper(
-            optimizer, assistant, monitor, keep,
+            optimizer, assistant, monitor, task.model, keep, measure_and_prune,
+            newest=newest,
             every=mine.save_every,
             last_step=lambda: settings["max_global_steps"],
             timeout=settings["averaging_timeout"],
+            compare=not settings["delay_optimizer_step"],  # else peers publish their weights at different moments
         )  # fmt: skip
 
         def show(finished: bool = False) -> None:
@@ -268,21 +321,54 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
         raise UserError(f"This change is not possible: {error}. Give a later --change_at_step.") from error
 
 
-def save(
+def newest_checkpoint(archive: Archive, model: torch.nn.Module) -> Checkpoint | None:
+    """Fill the model with the newest checkpoint that this computer has of the run; gives what else is in it.
+
+    So that the state of a run does not go with the last trainer that leaves.
+    """
+    archive.mend()
+    for step in reversed(archive.steps()):
+        try:
+            found = load_checkpoint(archive.place(step))
+            load_weights_into(model, found.folder)
+            return found
+        except UserError as error:
+            logger.warning("%s Taking an older one.", error)
+    return None
+
+
+def uncounted_samples(resumed: Checkpoint | None, monitor: Monitor) -> int:
+    """Samples in a checkpoint that the history here does not know of, because another run folder has it."""
+    if resumed is None:
+        return 0
+    step, samples = resumed.trainer_state["global_step"], resumed.trainer_state["samples"]
+    return max(0, samples - sum(made.samples for made in monitor.history if made.step <= step))
+
+
+def measure(task: Task, batches: int, stop: Callable[[], bool]) -> dict[str, float]:
+    """`task.evaluate` with half of the threads: the averaging goes on beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        return task.evaluate(batches, stop)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def card_of(
     task: Task,
-    optimizer_state: dict[str, Any],
     step: int,
-    monitor: Monitor,
+    samples: int,
     names: list[str],
-    run_folder: Path,
     settings: dict[str, Any],
     mine: AuxArguments,
     join_command: str,
-) -> Path:
-    """Write the state of a global step to a folder of its own, and remove the oldest ones."""
-    folder = run_folder / "checkpoints" / f"step-{step:07d}"
+    measured: dict[str, float],
+) -> str:
+    """The model card of a checkpoint."""
     about = task.description()
-    card = model_card(
+    about |= {name.replace("_", " ").capitalize(): f"{value:.4f}" for name, value in measured.items()}
+    return model_card(
         title=settings["run_id"],
         summary="\n".join(f"- {heading}: {text}" for heading, text in about.items()),
         metadata={
@@ -293,28 +379,12 @@ def save(
         },
         run_id=settings["run_id"],
         step=step,
-        samples=monitor.samples,
+        samples=samples,
         peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,
         join_command=None if step >= settings["max_global_steps"] else join_command,
     )
-    save_checkpoint(
-        folder,
-        save_pretrained=task.save_pretrained,
-        optimizer_state=optimizer_state,
-        trainer_state={
-            "run_id": settings["run_id"],
-            "global_step": step,
-            "samples": monitor.samples,
-            "settings": settings,
-            "version": CODE_VERSION,
-        },
-        model_card=card,
-    )
-    for old in sorted(folder.parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-    return folder
 
 
 def step_line(summary: StepSummary, last_step: int, started: float) -> str:

@@ -7,6 +7,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from collab.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,8 @@ class Background(threading.Thread):
 
     def _note_failure(self, error: Exception) -> None:
         """Count it; the first one of its kind in a row is said."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())
         self.failures += 1
         if reason != self._last_error and not self._stopped.is_set():
             logger.warning("%s failed, and goes on: %s", self.name, reason)

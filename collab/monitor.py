@@ -10,6 +10,7 @@ from typing import Any
 
 from collab.agreement import SKETCH_SIZE, spread
 from collab.metrics import PeerRecord
+from collab.watch import Sketches
 
 PATIENCE = 5.0
 """Seconds to wait for the records of a step after the first one came: peers publish within moments of each other."""
@@ -81,6 +82,8 @@ class Monitor:
         self.history = list(history)
         self.live: list[PeerRecord] = []
         """The latest record of every peer that is still reporting."""
+        self.sketches = Sketches()
+        """What peers have published of their models."""
         self._open: dict[int, dict[str, PeerRecord]] = defaultdict(dict)
         self._since: dict[int, float] = {}
 
@@ -97,6 +100,7 @@ class Monitor:
     def update(self, records: Sequence[PeerRecord]) -> list[StepSummary]:
         """Take in what the swarm reports now; returns the steps that this completed, in order."""
         self.live = sorted(records, key=lambda record: (-record.samples_total, record.peer_id))
+        self.sketches.note(self.live)
         for record in records:
             if record.step > self.step:
                 self._open[record.step][record.peer_id] = record

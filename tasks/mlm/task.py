@@ -185,7 +185,7 @@ class MaskedLM:
         return output, output.get("prediction_logits", output.get("logits")).float(), labels[positions]
 
     @torch.no_grad()
-    def evaluate(self, most_batches: int) -> dict[str, float]:
+    def evaluate(self, most_batches: int, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         if self._held_out is None or self._held_out[0] != most_batches:
             batches = held_out_batches(
                 self.settings, self.encoder, self.cache_dir, most=most_batches, parted=self._judges_order
@@ -196,6 +196,8 @@ class MaskedLM:
         self.model.eval()
         try:
             for batch in self._held_out[1]:
+                if stop():
+                    return {}
                 _, logits, labels = self._restore({name: tensor.to(device) for name, tensor in batch.items()})
                 total += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(1) == labels).sum())
