@@ -9,12 +9,13 @@ type. With --initial_peers it joins a run that is going on already.
 import contextlib
 import json
 import logging
-import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from hivemind.utils import get_dht_time
 
 from arguments import (
@@ -27,11 +28,20 @@ from arguments import (
     pick,
     refuse_contradictions,
 )
+from collab.agreement import sketch
+from collab.archive import Archive
 from collab.assistant import Assistant
 from collab.background import Repeated
 from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
-from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import (
+    Checkpoint,
+    annotate_checkpoint,
+    begin_from_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    save_checkpoint,
+)
 from collab.console import Console, bar, duration, show_log
 from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
@@ -63,7 +73,6 @@ POLL_SECONDS = 0.5
 PAGE_SECONDS = 2.0
 WELCOME_SECONDS = 5.0
 LOST_SECONDS = 30.0  # without a word from libp2p's daemon; it answers in milliseconds
-KEPT_CHECKPOINTS = 3
 NOTEBOOK = Path(__file__).parent / "notebooks" / "volunteer.ipynb"
 PEERS = "peers.txt"  # in the run's folder: addresses of the others, for the next start
 REMEMBERED_SECONDS = 10.0
@@ -113,9 +122,11 @@ def main() -> None:
 
         # ---- build: the model that checkpoints are made of, the trackers, the uploader
         task = find_task(settings["task"])(settings, folder, cache_dir)
-        resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
-        if resumed:
-            load_weights_into(task.model, resumed.folder)
+        archive = Archive(run_folder / "checkpoints", manifest.swarm_id)
+        resumed = newest_checkpoint(archive, task.model)
+        newest = Saved(resumed.trainer_state["global_step"], resumed.folder) if resumed else None
+        if resumed is None and not network.initial_peers:
+            resumed = begin_from_checkpoint(task.model, settings, cache_dir)
         optimizer = make_optimizer(
             peer,
             weight_decay_groups(task.model, settings["weight_decay"]),
@@ -127,8 +138,9 @@ def main() -> None:
         stop.listen()
         if resumed:
             optimizer.load_state_dict(resumed.optimizer_state)
+            console.line(f"Holds the state of global step {optimizer.local_epoch}, from {resumed.folder}")
         elif task.first_weights == "here":
-            optimizer.state_averager.hold_state()  # trainers do not have them
+            optimizer.state_averager.hold_state(0)  # trainers do not have them
         trackers = make_trackers(
             [name for name in mine.report_to if name != "none"],
             run_folder,
@@ -145,6 +157,7 @@ def main() -> None:
             last_step=settings["max_global_steps"],
             start=None if network.initial_peers else optimizer.local_epoch,
         )
+        samples_before = uncounted_samples(resumed, monitor)
         contributions = Contributions(run_folder / CONTRIBUTIONS, most=OVERSHOOT * settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
         started = time.time()
@@ -157,10 +170,34 @@ def main() -> None:
         write_text(run_folder / NOTEBOOK.name, notebook)
 
         # ---- the duties: each goes on by itself, whatever becomes of the others
-        def keep(step: int) -> Path:
+        def card(step: int, measured: dict[str, float]) -> str:
             names = list(contributions.of_names())
-            swarm_id, state = manifest.swarm_id, optimizer.state_dict()
-            folder = save(task, state, swarm_id, step, monitor, names, run_folder, settings, mine, join_line)
+            samples, rounds = samples_before + monitor.samples, rounds_of(monitor)
+            return card_of(task, step, samples, monitor.tokens, rounds, names, settings, mine, join_line, measured)
+
+        def keep(step: int, checks: dict[str, Any]) -> Path:
+            state = optimizer.state_dict()
+            state["state"]["local_epoch"] = step  # the assistant may be further already
+            curve = curve_png(rounds_of(monitor))
+            save_checkpoint(
+                folder := archive.place(step),
+                save_pretrained=task.save_pretrained,
+                optimizer_state=state,
+                trainer_state={
+                    "run_id": run_id,
+                    "swarm_id": manifest.swarm_id,
+                    "global_step": step,
+                    "samples": samples_before + monitor.samples,
+                    "tokens": monitor.tokens,
+                    "sketch": sketch(task.model.parameters()),
+                    "checks": checks,
+                    "sources": settings["sources"],
+                    "settings": settings,
+                    "version": CODE_VERSION,
+                },
+                model_card=card(step, {}),
+                more_files={KEPT: changes.manifest.signed} | ({CURVE: curve} if curve else {}),
+            )
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
             return folder
@@ -175,6 +212,19 @@ def main() -> None:
                 reported=get_dht_time(),
             )
 
+        def measure_and_prune(step: int, folder: Path) -> None:
+            def is_over() -> bool:
+                return bool(step < settings["max_global_steps"] <= monitor.step)
+
+            try:
+                if mine.held_out_batches and (measured := measure(task, mine.held_out_batches, is_over)):
+                    annotate_checkpoint(folder, measured, card(step, measured))
+                    figures = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
+                    console.line(f"Global step {step}: {figures}")
+                    recorder.add_to_next_step(measured | {"held_out_step": step})
+            finally:
+                archive.prune(mine.keep_last, mine.keep_every, mine.keep_best)
+
         def tell(made: StepSummary) -> None:
             console.line(step_line(made, settings["max_global_steps"], started))
 
@@ -184,10 +234,12 @@ def main() -> None:
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])
         assistant = Assistant(optimizer)
         keeper = Keeper(
-            optimizer, assistant, monitor, keep,
+            optimizer, assistant, monitor, task.model, keep, measure_and_prune,
+            newest=newest,
             every=mine.save_every,
             last_step=lambda: settings["max_global_steps"],
             timeout=settings["averaging_timeout"],
+            compare=not settings["delay_optimizer_step"],  # else peers publish their weights at different moments
         )  # fmt: skip
         presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
 
@@ -296,23 +348,55 @@ def change(manifest: Manifest, at_step: int, given: dict[str, Any], peer: Peer, 
         raise UserError(f"This change is not possible: {error}. Give a later --change_at_step.") from error
 
 
-def save(
+def newest_checkpoint(archive: Archive, model: torch.nn.Module) -> Checkpoint | None:
+    """Fill the model with the newest checkpoint that this computer has of the run; gives what else is in it.
+
+    So that the state of a run does not go with the last trainer that leaves.
+    """
+    archive.mend()
+    for step in reversed(archive.steps()):
+        try:
+            found = load_checkpoint(archive.place(step))
+            load_weights_into(model, found.folder)
+            return found
+        except UserError as error:
+            logger.warning("%s Taking an older one.", error)
+    return None
+
+
+def uncounted_samples(resumed: Checkpoint | None, monitor: Monitor) -> int:
+    """Samples in a checkpoint that the history here does not know of, because another run folder has it."""
+    if resumed is None:
+        return 0
+    step, samples = resumed.trainer_state["global_step"], resumed.trainer_state["samples"]
+    return max(0, samples - sum(made.samples for made in monitor.history if made.step <= step))
+
+
+def measure(task: Task, batches: int, stop: Callable[[], bool]) -> dict[str, float]:
+    """`task.evaluate` with half of the threads: the averaging goes on beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        return task.evaluate(batches, stop)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def card_of(
     task: Task,
-    optimizer_state: dict[str, Any],
-    swarm_id: str,
     step: int,
-    monitor: Monitor,
+    samples: int,
+    tokens: int,
+    rounds: list[Round],
     names: list[str],
-    run_folder: Path,
     settings: dict[str, Any],
     mine: AuxArguments,
     join_command: str,
-) -> Path:
-    """Write the state of a global step to a folder of its own, and remove the oldest ones."""
-    folder = run_folder / "checkpoints" / f"step-{step:07d}"
-    about, rounds = task.description(), rounds_of(monitor)
-    curve = curve_png(rounds)
-    card = model_card(
+    measured: dict[str, float],
+) -> str:
+    """The model card of a checkpoint."""
+    about = task.description()
+    return model_card(
         title=settings["run_id"],
         summary="\n".join(f"- {heading}: {text}" for heading, text in about.items()),
         metadata={
@@ -325,36 +409,15 @@ def save(
         run_id=settings["run_id"],
         step=step,
         last_step=settings["max_global_steps"],
-        samples=monitor.samples,
-        curve_in_words=loss_in_words(rounds) if curve else None,
+        samples=samples,
+        tokens=tokens,
+        held_out=measured,
+        curve_in_words=loss_in_words(rounds) if curve_png(rounds) else None,
         peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,
         join_command=None if step >= settings["max_global_steps"] else join_command,
     )
-
-    def save_pretrained(scratch: Path) -> None:
-        task.save_pretrained(scratch)
-        if curve:
-            (scratch / CURVE).write_bytes(curve)
-
-    save_checkpoint(
-        folder,
-        save_pretrained=save_pretrained,
-        optimizer_state=optimizer_state,
-        trainer_state={
-            "run_id": settings["run_id"],
-            "swarm_id": swarm_id,
-            "global_step": step,
-            "samples": monitor.samples,
-            "settings": settings,
-            "version": CODE_VERSION,
-        },
-        model_card=card,
-    )
-    for old in sorted(folder.parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-    return folder
 
 
 def step_line(summary: StepSummary, last_step: int, started: float) -> str:

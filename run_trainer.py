@@ -25,9 +25,7 @@ from collab.agreement import sketch
 from collab.bandwidth import measure_in_background, serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    load_weights_into,
+    begin_from_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -109,9 +107,7 @@ def main() -> None:
         # ---- build: the task with its model and data, and the optimizer that the whole swarm shares
         replicas = [find_task(settings["task"])(settings, folder, cache_dir) for _ in devices]
         task = replicas[0]
-        resumed = load_checkpoint(find_checkpoint(network.resume_from, cache_dir)) if network.resume_from else None
-        if resumed:
-            load_weights_into(task.model, resumed.folder)
+        resumed = None if network.initial_peers else begin_from_checkpoint(task.model, settings, cache_dir)
         if mine.gradient_checkpointing:
             for replica in replicas:
                 checkpoint_layers(replica.model)
@@ -127,6 +123,7 @@ def main() -> None:
             snapshot_folder=cache_dir / "snapshots",
         )
         stop.listen()
+        optimizer.pause = stop.wait
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
         reports = Reports(peer, run_id, settings["metadata_expiration"])
         changes = ChangeWatch(peer, manifest, folder, settings["metadata_expiration"])

@@ -32,18 +32,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from arguments import agreed_settings
 from benchmarks.report import Report, run_benchmark
 from collab.lamb import Lamb
 from collab.optimizer import linear_schedule, weight_decay_groups
 from tasks import Batch
-from tasks.mlm.batches import plan
-from tasks.mlm.cleaning import make_cleaner
-from tasks.mlm.instances import Pool, make_instances
-from tasks.mlm.masking import IGNORED, collate
-from tasks.mlm.sources import Source, documents
+from tasks.mlm.masking import IGNORED
 from tasks.mlm.task import MaskedLM
 
 MODEL = {
@@ -53,7 +49,7 @@ MODEL = {
     "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
 LENGTH, MICRO_BATCH = 32, 16
-HELD_OUT_DOCUMENTS = 400
+HELD_OUT_BATCHES = 16  # about 400 documents
 SHUFFLED = 64  # batches of ours whose samples the plain way mixes
 WARM_UP = 0.1  # of the budget
 SCHEDULE_POINTS = 1000
@@ -158,40 +154,12 @@ def train(task: MaskedLM, way: Way, budget: int) -> None:
         optimizer.step()
 
 
-def held_out_batches(task: MaskedLM, cache_dir: Path) -> list[Batch]:
-    """The same masked batches for all models of a seed."""
-    texts = documents(
-        [Source(embedded=True)], seed=0, place="heldout", part="heldout", cache_dir=cache_dir, shuffle_buffer=1000
-    )
-    rng = np.random.default_rng(0)
-    try:
-        clean = make_cleaner(task.settings["cleaning"])
-        pool = Pool.of(map(clean, islice(texts, HELD_OUT_DOCUMENTS)), task.encoder)
-    finally:
-        texts.close()
-    instances = make_instances(pool, pool.ranges(), LENGTH, rng)
-    return [collate(pool, some, task.encoder, rng=rng) for some in plan(instances, 4 * MICRO_BATCH * LENGTH, rng)]
-
-
-@torch.no_grad()
-def held_out_loss(task: MaskedLM, batches: list[Batch]) -> float:
-    """The mean over all masked tokens, in nats, by transformers' own model."""
-    total, count = 0.0, 0
-    for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-        chosen = batch["labels"] >= 0
-        logits = task.model(**inputs).prediction_logits[chosen]
-        total += float(cross_entropy(logits, batch["labels"][chosen], reduction="sum"))
-        count += int(chosen.sum())
-    return total / count
-
-
 def held_out_loss_of(way: str, seed: int, tokens: int, folder: Path, cache_dir: Path) -> float:
     """One run, in a process of its own."""
     torch.set_num_threads(1)
     task = MaskedLM(settings_of(seed, folder), folder, cache_dir)
     train(task, WAYS[way], tokens)
-    return held_out_loss(task, held_out_batches(task, cache_dir))
+    return task.evaluate(HELD_OUT_BATCHES)["held_out_loss"]
 
 
 def add_rows(report: Report, losses: dict[str, list[float]]) -> None:

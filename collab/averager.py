@@ -42,6 +42,7 @@ PROGRESS_SECONDS = 2.0
 SNAPSHOT_STEPS = 5  # how old a state may be that is handed out because it is in memory
 MEGABYTE = 10**6
 FLOAT_BYTES = 4
+LONGEST_PEER_ID = 128
 
 
 @dataclass(frozen=True)
@@ -479,9 +480,12 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     """The global step at which this peer went back to earlier weights, the latest one."""
     not_before = 0
     """States are not taken over from peers that have not gone back at this global step or a later one."""
+    last_step: float = math.inf
+    """There is no state of a later global step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._empty = multiprocessing.RawValue("b", False)  # whether the next state that is fetched is to be empty
+        self._donor = multiprocessing.RawArray("c", LONGEST_PEER_ID)  # whose state was downloaded last
         super().__init__(*args, **kwargs)
 
     def load_state_from_peers(self, **kwargs: Any) -> bool:
@@ -491,19 +495,27 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         """
         self._loaded = False
         # A call that the averager's process makes.
-        self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before], {}))
+        self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before, self.last_step], {}))
         try:
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
             logger.warning("A state could not be taken over: %s", str(error) or type(error).__name__)
         return self._loaded
 
-    async def _pass_over(self, donors: frozenset[str], not_before: int) -> None:
-        self.doubtful, self.not_before = donors, not_before
+    async def _pass_over(self, donors: frozenset[str], not_before: int, last_step: float) -> None:
+        self.doubtful, self.not_before, self.last_step = donors, not_before, last_step
 
-    def hold_state(self) -> None:
-        """Offer the state as it is now to newcomers whom no trainer answers, from now on and whatever comes."""
-        self.held_step = self.local_epoch
+    @property
+    def donor(self) -> str:
+        """The peer whose state was downloaded last; empty before that."""
+        return self._donor.value.decode()
+
+    def hold_state(self, step: int) -> None:
+        """Offer the state as it is now to newcomers whom no trainer answers, from now on and whatever comes.
+
+        :param step: the global step that it is of.
+        """
+        self.held_step = step
         self.allow_state_sharing = True
         self.state_sharing_priority = self.held_step
 
@@ -608,8 +620,10 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
                 metadata = self.serializer.loads(message.metadata)
                 if metadata.get("went_back_at", 0) < self.not_before:
                     raise ValueError("its weights are those that the swarm has left")
+                if not metadata["epoch"] <= self.last_step:
+                    raise ValueError(f"it says that it is of global step {metadata['epoch']}, after the run's end")
             if message.tensor_part.dtype and parts:  # a dtype marks the first part of the next tensor
-                tensors.append(_whole(parts))
+                tensors.append(self._sound(_whole(parts), len(tensors)))
                 parts.clear()
             parts.append(message.tensor_part)
             received += len(message.tensor_part.buffer)
@@ -617,14 +631,27 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
                 last_word = time.monotonic()
                 logger.info("Downloading the state: %.1f MB in %.0f s", received / MEGABYTE, last_word - began)
         if parts:
-            tensors.append(_whole(parts))
+            tensors.append(self._sound(_whole(parts), len(tensors)))
         if metadata is None:
             return None  # it shares no state
+        if len(tensors) < len(self._averaged_tensors):
+            raise ValueError("it is a part of a state")
+        self._donor.value = str(donor).encode()
         logger.info(
             "Took over the state of peer %s: %.1f MB in %.1f s",
             str(donor)[-6:], received / MEGABYTE, time.monotonic() - began,
         )  # fmt: skip
         return metadata, tensors
+
+    def _sound(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
+        """The tensor, if a model like this one can be trained from it. Upstream copies whatever comes, and stretches a
+        tensor of another shape."""
+        ours = self._averaged_tensors  # the parameters, which come first in a state
+        if index < len(ours) and tensor.shape != ours[index].shape:
+            raise ValueError("it is the state of another model")
+        if not tensor.isfinite().all():
+            raise ValueError("there are NaN or infinite values in it")
+        return tensor
 
 
 def _whole(parts: list[Any]) -> torch.Tensor:

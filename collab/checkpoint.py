@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from collab.errors import UserError
-from collab.files import replacing_folder
+from collab.files import replacing_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def save_checkpoint(
     optimizer_state: dict[str, Any],
     trainer_state: dict[str, Any],
     model_card: str,
+    more_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` opens and `load_checkpoint` continues from.
 
@@ -64,6 +65,7 @@ def save_checkpoint(
     :param optimizer_state: `optimizer.state_dict()`; comes back exactly (types, int keys, shared tensors).
     :param trainer_state: plain JSON values.
     :param model_card: the text of README.md.
+    :param more_files: {name: content} of what else the run wants beside them.
     :raises UserError: the disk is full or the folder cannot be written; what stood there before is untouched.
     """
     structure, tensors = _split(optimizer_state)
@@ -74,9 +76,21 @@ def save_checkpoint(
         state = {**trainer_state, "format": FORMAT}
         (scratch / TRAINER_STATE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
         (scratch / CARD).write_text(model_card, encoding="utf-8")
+        for name, content in (more_files or {}).items():
+            (scratch / name).write_bytes(content)
 
 
-def find_checkpoint(name: str, cache_dir: Path, files: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
+def annotate_checkpoint(folder: Path, measured: Mapping[str, float], model_card: str) -> None:
+    """Add to `trainer_state.json` what was found out about a checkpoint after it was written, and tell it in README.md.
+
+    :raises UserError: nothing can be written; the checkpoint stays as it was.
+    """
+    state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    write_text(folder / TRAINER_STATE, json.dumps({**state, **measured}, indent=2, ensure_ascii=False))
+    write_text(folder / CARD, model_card)
+
+
+def find_checkpoint(name: str, cache_dir: Path, files: Sequence[str]) -> Path:
     """The folder of a checkpoint, which is downloaded if need be.
 
     :param name: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub; `hub:` before it says that no
@@ -100,6 +114,31 @@ def find_checkpoint(name: str, cache_dir: Path, files: Sequence[str] = ("*.json"
             f"There is no folder {name} here, and it could not be downloaded from the Hugging Face Hub either: {error} "
             f"Give the folder of a checkpoint, or ORG/NAME of a repository that has one."
         ) from error
+
+
+def begin_from_checkpoint(model: torch.nn.Module, settings: Mapping[str, Any], cache_dir: Path) -> Checkpoint | None:
+    """Fill the model for a new run that goes on from the checkpoint of another one, as its settings say.
+
+    :param settings: `start_from` names the checkpoint, as for `find_checkpoint`.
+    :returns: what else the run goes on with; None if it begins at global step 0 with the weights that the model has.
+    :raises UserError: there is nothing of that name, it is damaged, or it is at the end of this run already.
+    """
+    name = settings["start_from"]
+    if name is None or settings["from_step_zero"]:
+        return None
+    of_run = (TRAINER_STATE, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS)
+    folder = find_checkpoint(name, cache_dir, (CONFIG, WEIGHTS, *of_run))
+    if not all((folder / part).exists() for part in of_run):
+        return None
+    found = load_checkpoint(folder)
+    step, last = found.trainer_state.get("global_step"), settings["max_global_steps"]
+    if not isinstance(step, int) or step >= last:
+        raise UserError(
+            f"The checkpoint {name} is of global step {step}, and this run would end after {last}. Raise "
+            f"max_global_steps, or take only its weights with --from_step_zero true."
+        )
+    load_weights_into(model, folder)
+    return found
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

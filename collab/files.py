@@ -48,6 +48,10 @@ def replacing_folder(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         raise UserError(cannot_write(path, error)) from error
     try:
         yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         scratch.chmod(0o755)
         if path.exists() and keep_existing:
             return

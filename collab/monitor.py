@@ -19,6 +19,7 @@ from collab.agreement import SKETCH_SIZE, spread
 from collab.metrics import MAX_REASON, MAX_STEP, AuxRecord, PeerRecord, is_live
 from collab.names import public_name
 from collab.robust import leveled, weighted_mean, winsorized
+from collab.watch import Sketches
 
 PATIENCE = 5.0
 """Seconds to wait for the records of a step after the first one came: peers publish within moments of each other."""
@@ -225,6 +226,8 @@ class Monitor:
         self.live: list[PeerRecord] = []
         """The latest record of every trainer that is there, the one that gave most in its session first."""
         self.auxiliaries: list[AuxRecord] = []
+        self.sketches = Sketches()
+        """What peers have published of their models."""
         self.lifetime, self.target_batch_size, self.last_step = lifetime, target_batch_size, last_step
         self._start, self._began = start, get_dht_time()
         self._moved = self._began  # when the last step was completed, by this computer's own observation
@@ -265,6 +268,7 @@ class Monitor:
         now, records = get_dht_time(), list(records)
         live = [record for record in records if is_live(record, self.lifetime, now)]
         self.live = sorted(live, key=lambda record: (-record.samples_total, record.peer_id))
+        self.sketches.note(self.live)
         self.learn(records)
 
     def learn(self, records: Iterable[PeerRecord]) -> None:

@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\
 ParamGroups = Sequence[dict[str, Any]]
 
 LOAD_STATE_ATTEMPTS = 3
-LOAD_STATE_PAUSE = 1.0
+LOAD_STATE_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0
 PROGRESS_SECONDS = 0.5
 LEAST_REPORTED = 0.5
 LEAVE_SECONDS = 4.0
@@ -259,6 +259,9 @@ class SwarmOptimizer(hivemind.Optimizer):
     _agreed_step: int | None = None  # to go back to, at the next opportunity
     average_state_every: int
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
+    _failed_loads = 0  # in a row
+    pause: Callable[[float], object] = staticmethod(time.sleep)
+    """Waits so many seconds; a program that wants to leave at once meanwhile gives another one."""
 
     def __init__(
         self,
@@ -269,6 +272,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         link: Link,
         quorum: float,
         failed_round: str,
+        last_step: int,
         has_state: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -278,6 +282,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._must_reload = self._gave_up = False
         self.scheduled_grads: StepControl | None = None
         super().__init__(**kwargs)
+        self.state_averager.last_step = last_step
 
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
@@ -586,8 +591,11 @@ class SwarmOptimizer(hivemind.Optimizer):
 
         Upstream tries for ever (optim/optimizer.py:702), and downloads every donor's gradients beside its state.
 
-        :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it.
+        :returns: whether a state was taken over. False if nobody has one to offer, or no donor could deliver it. After
+          that the next call waits first, longer each time: nothing that this peer computes counts before.
         """
+        if self._failed_loads and not self.auxiliary:
+            self.pause(min(LOAD_STATE_PAUSE * 2 ** min(self._failed_loads, 10), LONGEST_LOAD_PAUSE))
         self._abandon_scheduled_round()
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
@@ -616,12 +624,14 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.grad_averager.reset_accumulated_grads_()
             self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
-                self.state_averager.hold_state()
+                self.state_averager.allow_state_sharing = False  # until it is checked: `hold_state`
             elif self.has_state and not self.auxiliary and not self.client_mode:
                 self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
         self._must_reload, self.state_averager.not_before = False, 0
         self.states_loaded += bool(loaded)
+        behind = self.tracker.global_epoch > self.local_epoch
+        self._failed_loads = self._failed_loads + 1 if behind and not loaded else 0
         self.spikes.took_over()
         if loaded:
             self.went_back_to = None
@@ -639,12 +649,18 @@ class SwarmOptimizer(hivemind.Optimizer):
             self._tag_along_with_zero_weight(scheduled)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the optimizer's state and the global step from a checkpoint."""
+        """Take over the optimizer's state and the global step from a checkpoint.
+
+        Rates and decays stay those of this run's settings: upstream replaces them with the checkpoint's.
+        """
+        ours = [{key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.opt.param_groups, ours, strict=True):
+            group.update(own)
         self.state_averager._update_scheduler()
         self._has_checkpoint = self.has_state = True
         if self.auxiliary:
-            self.state_averager.hold_state()
+            self.state_averager.hold_state(self.local_epoch)
         elif not self.client_mode:
             self.state_averager.state_sharing_priority = self.local_epoch
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
@@ -666,6 +682,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self.snapshots is not None:
             self.snapshots.every = settings["snapshot_every"]
         averager = self.state_averager
+        averager.last_step = settings["max_global_steps"]
         self.finish()
         scheduler, schedule = averager.scheduler, _schedule_of(settings)
         scheduler.base_lrs = [settings["learning_rate"]] * len(scheduler.base_lrs)
@@ -790,6 +807,7 @@ def make_optimizer(
         link=Link(bandwidth),
         quorum=settings["quorum"],
         failed_round=settings["failed_round"],
+        last_step=settings["max_global_steps"],
         has_state=has_state,
         dht=peer.dht,
         run_id=swarm_id,

@@ -51,7 +51,12 @@ class Recorder(Background):
         self._peer, self._run_id = peer, run_id
         self._monitor, self._contributions, self._trackers, self._tell = monitor, contributions, trackers, tell
         self._asked_until, self._attempts = 0, 0
+        self._more: dict[str, float] = {}
         self.start()
+
+    def add_to_next_step(self, metrics: dict[str, float]) -> None:
+        """Hand figures that belong to no step in particular to the trackers, with those of the next one."""
+        self._more = self._more | metrics
 
     def _take_a_turn(self) -> None:
         records = records_in(ask_for_records(self._peer, self._run_id).result(LOOK_SECONDS))
@@ -61,7 +66,8 @@ class Recorder(Background):
             return  # the history waits for another attempt: what is written stays as it is
         made = self._monitor.complete()
         for summary in made:
-            self._trackers.log(summary.as_metrics(), summary.step, summary.time)
+            more, self._more = self._more, {}
+            self._trackers.log(summary.as_metrics() | more, summary.step, summary.time)
             self._tell(summary)
         self._contributions.update(records, made)
 

@@ -1,12 +1,14 @@
 """Whether this peer still has the model that the others have."""
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from hivemind.utils import MPFuture
 
-from collab.agreement import SKETCH_SIZE, strays
-from collab.metrics import ask_for_records, records_in
+from collab.agreement import NOT_FINITE, SKETCH_SIZE, distance, majority, strays
+from collab.metrics import PeerRecord, ask_for_records, records_in
 from collab.peer import Peer
 
 TOLERANCE = 0.01
@@ -14,6 +16,64 @@ TOLERANCE = 0.01
 of the parameters (measured with int8 at a learning rate of 0.003); a single missed step of that size makes a tenth."""
 
 STEPS_IN_A_ROW = 2
+
+
+KEPT_STEPS = 20
+
+
+class Doubt(Exception):
+    """Why a state is not the swarm's."""
+
+
+class TooEarly(Doubt):
+    """Why it is not known to be so yet: others may publish the same in a moment."""
+
+
+class Sketches:
+    """What peers have published of their models for the last global steps, and whether a state is one of those."""
+
+    def __init__(self, tolerance: float = TOLERANCE) -> None:
+        self._tolerance = tolerance
+        self._published: dict[str, dict[int, Sequence[float]]] = {}
+        self._live: Sequence[PeerRecord] = ()
+
+    def note(self, records: Sequence[PeerRecord]) -> None:
+        """Take in the latest records of all peers that report; those of who is gone are forgotten."""
+        for record in records:
+            known = self._published.setdefault(record.peer_id, {})
+            if len(record.sketch) == SKETCH_SIZE:
+                known[record.step] = record.sketch
+            self._published[record.peer_id] = dict(list(known.items())[-KEPT_STEPS:])
+        self._published = {record.peer_id: self._published[record.peer_id] for record in records}
+        self._live = tuple(records)
+
+    def check(self, step: int, sketch: Sequence[float] | None) -> dict[str, Any]:
+        """Compare the state of a global step with what most peers have, by the vote that trainers hold, too.
+
+        :param sketch: of its parameters; None if peers publish theirs at different moments (delayed averaging), so that
+            only the number of the step is compared.
+        :returns: `published`, how many peers' sketches of that step are known, `agreeing`, how many of them were those
+            of most, and `distance` from these, relative; or `not_compared`, the reason.
+        :raises Doubt: it is another model, or (`TooEarly`) those who have published are not enough yet.
+        """
+        if not self._live:
+            return {"not_compared": "no peer had published anything"}
+        usual = statistics.median_high([record.step for record in self._live])
+        if step > usual + 1:
+            raise TooEarly(f"it says that it is of global step {step}, and most peers have made {usual}")
+        if sketch is None:
+            return {"not_compared": "averaging is delayed"}
+        votes = {peer: known[step] for peer, known in self._published.items() if step in known}
+        to_come = sum(record.step == step - 1 for record in self._live)
+        if to_come and len(votes) <= to_come:
+            raise TooEarly(f"only {len(votes)} of {len(votes) + to_come} peers have told what they have of step {step}")
+        if not votes:
+            return {"not_compared": f"no peer's sketch of global step {step} was seen"}
+        most = [value for peer, value in votes.items() if peer not in strays(votes, self._tolerance)]
+        far = distance(sketch, majority(most)) if most else NOT_FINITE
+        if not far <= self._tolerance:
+            raise Doubt(f"its weights differ by {far:.1%} from those of {len(most)} of {len(votes)} peers")
+        return {"published": len(votes), "agreeing": len(most), "distance": far}
 
 
 class ModelWatch:

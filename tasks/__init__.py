@@ -99,6 +99,17 @@ class Task(Protocol):
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss to minimise, a scalar: the mean over all predictions. `batch` is on the model's device."""
 
+    def evaluate(self, most_batches: int, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """How good the model is now on data that nobody trains on, always the same: figures by name.
+
+        `held_out_loss`, in nats, the lower the better, is one of them where there is such data; checkpoints are chosen
+        by it. The model may be on any device; it is left in the mode (training or not) in which it was.
+
+        :param most_batches: how much data: the time that it takes grows with it.
+        :param stop: asked between batches; if it says so, there are no figures.
+        :raises UserError: the data cannot be read now.
+        """
+
     def save_pretrained(self, folder: Path) -> None:
         """Write the model, and what is needed to use it, such that plain transformers opens `folder`."""
 

@@ -13,12 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
-from transformers import AlbertConfig, AlbertForPreTraining
 
 from arguments import agreed_settings, read_config
-from collab.checkpoint import save_checkpoint
 from tasks.mlm.task import MaskedLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,21 +202,6 @@ def test_a_model_type_that_does_not_exist(message_of, tmp_path):
     (tmp_path / "typo.json").write_text(json.dumps(MODEL | {"model_type": "albrt"}))
     message = message_of("run_aux_peer.py", model_config=str(tmp_path / "typo.json"))
     assert str(tmp_path / "typo.json") in message and "albrt" in message
-
-
-def test_a_checkpoint_of_another_model(message_of, tmp_path):
-    torch.manual_seed(0)
-    own = {key: value for key, value in MODEL.items() if key != "model_type"}
-    other = AlbertForPreTraining(AlbertConfig(**own | {"hidden_size": 48}, vocab_size=400))
-    save_checkpoint(
-        tmp_path / "checkpoint",
-        save_pretrained=other.save_pretrained,
-        optimizer_state={"state": {}, "param_groups": []},
-        trainer_state={"run_id": "other", "global_step": 1, "samples": 1},
-        model_card="",
-    )
-    message = message_of("run_aux_peer.py", "--resume_from", tmp_path / "checkpoint")
-    assert str(tmp_path / "checkpoint") in message and "hidden_size 48 instead of 32" in message
 
 
 # ---- the network -------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tasks.mlm.encoder import open_encoder
 from tasks.mlm.first_weights import FILE as FIRST_WEIGHTS
 from tasks.mlm.first_weights import FirstWeights, StartModel
 from tasks.mlm.heads import MaskedPositions, fuse_activations
+from tasks.mlm.heldout import held_out_batches
 from tasks.mlm.instances import NO_ORDER
 from tasks.mlm.masking import IGNORED
 from tasks.mlm.sources import Source, documents
@@ -63,6 +64,7 @@ class MaskedLM:
         self._predict = MaskedPositions(model)
         self._inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if knows_segments(config) else [])]
         self._judges_order = config.model_type in WITH_ORDER
+        self._held_out: tuple[int, list[dict[str, torch.Tensor]]] | None = None
 
     @staticmethod
     def prepare(settings: Mapping[str, Any], cache_dir: Path) -> dict[str, bytes]:
@@ -166,17 +168,43 @@ class MaskedLM:
         return int((batch["labels"] >= 0).sum())
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch["labels"].flatten()
-        positions = (labels >= 0).nonzero().squeeze(1)
-        output = self._predict(positions, **{name: batch[name] for name in self._inputs})
-        logits = output.get("prediction_logits", output.get("logits"))
-        total = cross_entropy(logits.float(), labels[positions])
+        output, logits, labels = self._restore(batch)
+        total = cross_entropy(logits, labels)
         order_logits = output.get("sop_logits", output.get("seq_relationship_logits"))
         if order_logits is not None:
             order = batch["sentence_order_label"]
             losses = cross_entropy(order_logits.float(), order, ignore_index=NO_ORDER, reduction="sum")
             total = total + losses / (order != NO_ORDER).sum().clamp(min=1)  # a mean over no label would be NaN
         return total
+
+    def _restore(self, batch: dict[str, torch.Tensor]) -> tuple[Mapping[str, Any], torch.Tensor, torch.Tensor]:
+        """The model's output; of it the logits of the masked tokens, float32 [masked, entries]; what was there."""
+        labels = batch["labels"].flatten()
+        positions = (labels >= 0).nonzero().squeeze(1)
+        output = self._predict(positions, **{name: batch[name] for name in self._inputs})
+        return output, output.get("prediction_logits", output.get("logits")).float(), labels[positions]
+
+    @torch.no_grad()
+    def evaluate(self, most_batches: int, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        if self._held_out is None or self._held_out[0] != most_batches:
+            batches = held_out_batches(
+                self.settings, self.encoder, self.cache_dir, most=most_batches, parted=self._judges_order
+            )
+            self._held_out = most_batches, batches
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        total, right, masked = 0.0, 0, 0
+        self.model.eval()
+        try:
+            for batch in self._held_out[1]:
+                if stop():
+                    return {}
+                _, logits, labels = self._restore({name: tensor.to(device) for name, tensor in batch.items()})
+                total += float(cross_entropy(logits, labels, reduction="sum"))
+                right += int((logits.argmax(1) == labels).sum())
+                masked += len(labels)
+        finally:
+            self.model.train(was_training)
+        return {"held_out_loss": total / masked, "held_out_accuracy": right / masked} if masked else {}
 
     def save_pretrained(self, folder: Path) -> None:
         self.model.save_pretrained(folder)  # type: ignore[operator]

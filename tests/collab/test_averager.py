@@ -213,3 +213,17 @@ def test_nobody_gets_a_state_that_is_much_older_than_the_model(donor: StateAvera
         assert len(read_slowly) == 1
 
     asyncio.run(run())
+
+
+def test_a_state_of_another_shape_or_with_values_that_are_not_finite_is_taken_over_from_nobody(
+    donor: StateAverager,
+) -> None:
+    donor._averaged_tensors = [torch.zeros(2, 3)]
+    moment = torch.ones(7)  # beyond the parameters, the optimizer knows the shapes
+    assert donor._sound(torch.ones(2, 3), 0).sum() == 6 and donor._sound(moment, 1) is moment
+    with pytest.raises(ValueError, match="another model"):
+        donor._sound(torch.ones(1), 0)  # would be stretched
+    for value in (float("nan"), float("inf")):
+        for index, shape in ((0, (2, 3)), (1, (7,))):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                donor._sound(torch.full(shape, value), index)

@@ -11,7 +11,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AlbertConfig, AlbertForPreTraining
 
-from collab.checkpoint import load_checkpoint, load_weights_into, save_checkpoint
+from collab.checkpoint import (
+    annotate_checkpoint,
+    begin_from_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    save_checkpoint,
+)
 from collab.errors import UserError
 
 
@@ -257,3 +263,44 @@ def test_a_fault_of_ours_in_save_pretrained_keeps_its_own_name(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         save_checkpoint(tmp_path / "c", save_pretrained=wrong, optimizer_state={}, trainer_state={}, model_card="")
     assert list(tmp_path.iterdir()) == []
+
+
+def begin(folder: Path, model: torch.nn.Module, **settings):
+    given = {"start_from": str(folder), "from_step_zero": False, "max_global_steps": 100, **settings}
+    return begin_from_checkpoint(model, given, folder / "cache")
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_another_unless_only_its_weights_are_wanted(tmp_path):
+    model = tiny_albert()
+    folder = save(tmp_path / "c", model, trained(model).state_dict())
+    other = tiny_albert(initializer_range=0.1)
+    assert begin(folder, other, from_step_zero=True) is None and begin(folder, other, start_from=None) is None
+    assert not torch.equal(other.predictions.decoder.weight, model.predictions.decoder.weight)
+    resumed = begin(folder, other)
+    assert resumed.trainer_state["global_step"] == 12 and resumed.optimizer_state["state"]
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_model_without_an_optimizer_is_not_gone_on_from(tmp_path):
+    """Also one that transformers' Trainer has written, whose trainer_state.json is another."""
+    tiny_albert().save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "trainer_state.json").write_text('{"global_step": 500}')
+    assert begin(tmp_path / "plain", tiny_albert()) is None
+
+
+def test_a_checkpoint_at_the_end_of_the_run_is_refused(tmp_path):
+    folder = save(tmp_path / "c")
+    with pytest.raises(UserError, match=r"of global step 12, and this run would end after 12\. .*--from_step_zero"):
+        begin(folder, tiny_albert(), max_global_steps=12)
+
+
+def test_what_is_measured_later_is_added_and_the_checkpoint_stays_whole(tmp_path):
+    folder = save(tmp_path / "c")
+    before = files(folder)
+    annotate_checkpoint(folder, {"held_out_loss": 3.5}, "# Better known\n")
+    after = files(folder)
+    assert load_checkpoint(folder).trainer_state == {
+        "run_id": "assembly", "global_step": 12, "samples": 48_000, "held_out_loss": 3.5
+    }  # fmt: skip
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"trainer_state.json", "README.md"} and before.keys() == after.keys()

@@ -539,6 +539,28 @@ def test_taking_over_a_state_that_cannot_be_had_comes_to_an_end(monkeypatch, cls
     assert len(tried) == attempts
 
 
+def test_who_gets_a_state_from_nobody_waits_longer_each_time(monkeypatch) -> None:
+    download, pauses = Calls(False), []
+    state = SimpleNamespace(
+        step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, state_sharing_priority=0
+    )
+    state.optimizer = SimpleNamespace(state={})
+    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=5, report_local_progress=Calls())
+    optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0)
+    optimizer._must_reload, optimizer._look_who_is_there = False, Calls()
+    optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
+    optimizer.pause = pauses.append
+    monkeypatch.setattr(collab.optimizer.time, "sleep", lambda seconds: None)
+    for _ in range(9):
+        assert optimizer.load_state_from_peers() is False
+    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
+    download.answer, state.local_epoch = True, 5
+    optimizer.load_state_from_peers()
+    pauses.clear()
+    optimizer.load_state_from_peers()
+    assert pauses == []
+
+
 @pytest.mark.parametrize("has_state", [True, False])
 def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_one(monkeypatch, has_state) -> None:
     monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import collab.watch
-from collab.watch import ModelWatch
+from collab.watch import Doubt, ModelWatch, Sketches, TooEarly
 
 GOOD, BAD = [1.0] * 16, [2.0] * 16
 
@@ -106,3 +106,52 @@ def test_a_dht_that_does_not_answer_is_no_verdict(swarm: Swarm, monkeypatch: pyt
     monkeypatch.setattr(collab.watch, "ask_for_records", lambda *_: lost)
     mine = watch()
     assert not any(mine.has_strayed(step, BAD) for step in range(1, 6))
+
+
+# ---- whether a state that was taken over is the swarm's
+
+
+def sketches(**steps: tuple[int, list[float]]) -> Sketches:
+    found = Sketches()
+    found.note([SimpleNamespace(peer_id=name, step=step, sketch=value) for name, (step, value) in steps.items()])  # type: ignore[misc]
+    return found
+
+
+def test_a_state_like_that_of_most_peers_counts_and_another_one_does_not() -> None:
+    published = sketches(a=(7, GOOD), b=(7, GOOD), liar=(7, BAD))
+    assert published.check(7, [1.001] * 16) == {"published": 3, "agreeing": 2, "distance": pytest.approx(0.001)}
+    for other in (BAD, [float("nan")] * 16):
+        with pytest.raises(Doubt, match="of 2 of 3 peers") as doubt:
+            published.check(7, other)
+        assert not isinstance(doubt.value, TooEarly)
+
+
+def test_those_who_have_not_published_yet_are_waited_for() -> None:
+    published = sketches(liar=(8, BAD), a=(7, GOOD), b=(7, GOOD))
+    with pytest.raises(TooEarly, match="only 1 of 3 peers"):
+        published.check(8, BAD)
+    published.note([SimpleNamespace(peer_id=name, step=8, sketch=GOOD) for name in "ab"])  # type: ignore[misc]
+    with pytest.raises(Doubt, match="differ by"):
+        published.check(8, BAD)
+    assert published.check(8, GOOD)["agreeing"] == 2
+
+
+def test_a_global_step_that_nobody_has_made_is_doubted() -> None:
+    published = sketches(a=(7, GOOD), b=(7, GOOD), liar=(10**6, BAD))
+    for compared in (BAD, None):
+        with pytest.raises(TooEarly, match="global step 1000000, and most peers have made 7"):
+            published.check(10**6, compared)
+
+
+def test_a_state_between_two_polls_is_compared_with_what_was_published_then() -> None:
+    published = sketches(a=(7, GOOD), b=(7, GOOD))
+    published.note([SimpleNamespace(peer_id=name, step=9, sketch=BAD) for name in "ab"])  # type: ignore[misc]
+    assert published.check(7, GOOD)["published"] == 2
+    assert published.check(8, GOOD) == {"not_compared": "no peer's sketch of global step 8 was seen"}
+    published.note([SimpleNamespace(peer_id="b", step=10, sketch=BAD)])  # type: ignore[list-item]
+    assert published.check(7, GOOD)["published"] == 1, "who is gone has no vote"
+
+
+def test_what_could_not_be_compared_is_said() -> None:
+    assert sketches().check(3, GOOD) == {"not_compared": "no peer had published anything"}
+    assert sketches(a=(3, GOOD)).check(3, None) == {"not_compared": "averaging is delayed"}

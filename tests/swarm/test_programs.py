@@ -59,7 +59,7 @@ def test_a_swarm_resumes_from_a_checkpoint_at_the_same_step_with_the_same_weight
     assert summary["global_steps"] == 3 and summary["checkpoint"] == str(checkpoint)
 
     config = swarm.configure(max_global_steps=5)
-    auxiliary, address = swarm.start_auxiliary(config, "--resume_from", str(checkpoint), run_folder="resumed")
+    auxiliary, address = swarm.start_auxiliary(config, "--from", str(checkpoint), run_folder="resumed")
     visitor = swarm.start_trainer("visitor", address, "--save_dir", str(swarm.folder / "visitor"))
     visitor.wait_for_output("Starting from global step 3")
     visitor.interrupt(signal.SIGTERM)  # long before it could make a global step
@@ -110,7 +110,7 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
 
         # Without an auxiliary peer, the published checkpoint is what a trainer can go on from.
         config = swarm.configure(max_global_steps=4, averaging_timeout=5)
-        resume = ("run_trainer.py", "--config", str(config), "--resume_from")
+        resume = ("run_trainer.py", "--config", str(config), "--from")
         heir = swarm.start("heir", *resume, "community/test@step-3")
         assert heir.wait(60) == 0, heir.output()
         assert "Starting from global step 3" in heir.output() and "step 4/4" in heir.output()

@@ -37,8 +37,8 @@ def test_a_resumed_trainer_has_the_next_losses_to_the_last_bit(swarm: Swarm) -> 
     train("whole", "a", steps=40)
     train("first", "b", "--save_dir", str(checkpoint), steps=12)
     left = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    train("same computer", "b", "--resume_from", str(checkpoint), steps=12)
-    train("another computer", "c", "--resume_from", str(checkpoint), steps=12)
+    train("same computer", "b", "--from", str(checkpoint), steps=12)
+    train("another computer", "c", "--from", str(checkpoint), steps=12)
 
     whole = records("whole")[: left + 10]
     assert [record["step"] for record in whole] == list(range(1, left + 11)), "it ended too early to be compared with"
