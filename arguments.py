@@ -6,6 +6,7 @@ the volunteers with the run manifest. What concerns one machine only (`PeerArgum
 """
 
 import difflib
+import ipaddress
 import json
 import math
 import types
@@ -47,6 +48,15 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def is_ip(text: str) -> bool:
+    """Whether `text` is an IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def require(condition: bool, key: str, value: Any, rule: str) -> None:
@@ -398,6 +408,12 @@ class AuxArguments:
 
     run_folder: str | None = option(None, "Folder for metrics, page and checkpoints. Left out: runs/RUN_ID.")
     report_to: list[str] = option(["trackio"], "Trackers: trackio, wandb, or none. metrics.jsonl is always written.")
+    page_port: int = option(
+        8484, "TCP port at which the page is served; if it is taken, one of the next twenty. 0: page.html only."
+    )
+    page_host: str = option(
+        "127.0.0.1", "Address that the page is served on: 127.0.0.1 for this computer only, 0.0.0.0 for everybody."
+    )
     save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
     find_public_ip: bool = option(
         True,
@@ -414,6 +430,8 @@ class AuxArguments:
     def __post_init__(self) -> None:
         for name in self.report_to:
             require(name in ("trackio", "wandb", "none"), "report_to", self.report_to, "trackio, wandb or none")
+        require(0 <= self.page_port <= 65535, "page_port", self.page_port, "a port from 1 to 65535, or 0 for none")
+        require(is_ip(self.page_host), "page_host", self.page_host, "an IP address of this computer, or 0.0.0.0")
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
         at = self.change_at_step
         require(at is None or at >= 1, "change_at_step", at, "at least 1")

@@ -11,8 +11,11 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from hivemind.utils import get_dht_time
 
 from arguments import (
     AGREED,
@@ -25,7 +28,7 @@ from arguments import (
     refuse_contradictions,
 )
 from collab.assistant import Assistant
-from collab.background import Repeated
+from collab.background import Background, Repeated
 from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import find_checkpoint, load_checkpoint, load_weights_into, save_checkpoint
@@ -33,7 +36,9 @@ from collab.console import Console, bar, duration, show_log
 from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
 from collab.errors import UserError
+from collab.events import Events, Lookback
 from collab.files import write_bytes, write_text
+from collab.fill_mask import FillMask
 from collab.keeper import Keeper, Saved
 from collab.lease import Lease
 from collab.lookout import Lookout
@@ -42,7 +47,8 @@ from collab.metrics import announce_saved, metrics_validators, read_records
 from collab.modelcard import model_card
 from collab.monitor import Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
-from collab.page import PeerView, Round, RunView, render_page
+from collab.page import render_page
+from collab.page_server import PageServer
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, restart_program, run_program
 from collab.public_address import public_addresses
@@ -51,6 +57,7 @@ from collab.reachability import start_peer
 from collab.recorder import Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
+from collab.view import STATUS, STATUS_PROTOCOL, Round, RunView, as_json, peer_views, time_left
 from tasks import Task, find_task
 
 logger = logging.getLogger(__name__)
@@ -132,7 +139,8 @@ def main() -> None:
         monitor = Monitor([StepSummary.from_metrics(entry) for entry in read_history(run_folder / HISTORY)])
         contributions = Contributions(run_folder / CONTRIBUTIONS, most=settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
-        started = time.time()
+        started, events = time.time(), Events()
+        lookback = Lookback(events)
 
         join_line = join_command(peer, manifest)
         console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
@@ -147,6 +155,7 @@ def main() -> None:
             folder = save(task, optimizer.state_dict(), step, monitor, names, run_folder, settings, mine, join_line)
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
+            events.add("saved", f"Saved the checkpoint of step {step:,}")
             return folder
 
         def tell(made: StepSummary) -> None:
@@ -164,14 +173,33 @@ def main() -> None:
             timeout=settings["averaging_timeout"],
         )  # fmt: skip
 
-        def show(finished: bool = False) -> None:
+        def see(finished: bool = False) -> RunView:
             view = look(task, monitor, settings, started, join_line, keeper.newest, trackers.where(), finished)
+            return replace(
+                view,
+                contributors=list(contributions.of_names().items()),
+                duties=[duty.health for duty in duties],
+                events=events.recent,
+                seconds_to_next_step=None if finished else to_next_step(optimizer),
+            )
+
+        def show(finished: bool = False) -> None:
+            lookback.at_peers(monitor.live)
+            lookback.at_duties([duty.health for duty in duties])
+            view = see(finished)
             write_text(run_folder / "page.html", render_page(view))
+            write_text(run_folder / STATUS, as_json(view))
             if others := lookout.addresses():
                 write_text(run_folder / PEERS, "\n".join(others) + "\n")
 
-        page = Repeated("Writing the page", show, PAGE_SECONDS)
-        duties = [welcome, recorder, keeper, assistant, lookout, changes, page]
+        duties: list[Background] = [welcome, recorder, keeper, assistant, lookout, changes]
+        if mine.page_port:
+            fill_mask = FillMask(lambda: keeper.newest)
+            at = "The page is at {}".format
+            server = PageServer(mine.page_host, mine.page_port, see, fill_mask, lambda where: console.line(at(where)))
+            duties.append(server)
+        duties.append(Repeated("Writing the page", show, PAGE_SECONDS))
+        peer.serve(STATUS_PROTOCOL, run_folder / STATUS)
         if publisher:
             lease = Lease(peer, manifest.swarm_id, "publishing")
             publishing = Publishing(publisher, keeper, lease)
@@ -354,7 +382,11 @@ def look(
     trackers: dict[str, str],
     finished: bool = False,
 ) -> RunView:
-    """What the page shows now."""
+    """What the page shows now of the training itself."""
+    history = [
+        Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
+        for s in monitor.history
+    ]
     return RunView(
         run_id=settings["run_id"],
         task="; ".join(task.description().values()),
@@ -363,27 +395,21 @@ def look(
         global_step=monitor.step,
         max_steps=settings["max_global_steps"],
         finished=finished,
-        history=[
-            Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
-            for s in monitor.history
-        ],
-        peers=[
-            PeerView(
-                name=record.name,
-                role="client" if record.client_mode else "trainer",
-                samples_per_second=record.samples_per_second,
-                samples=record.samples_total,
-                last_step=record.step,
-                peers_met=record.peers_met,
-                peers_expected=record.peers_expected,
-                loss=record.loss,
-            )
-            for record in monitor.live
-        ],
+        history=history,
+        peers=peer_views(monitor.live),
         join_command=join_command,
         checkpoint=str(checkpoint.folder) if checkpoint else None,
         tracker="; ".join(trackers.values()),
+        can_fill_mask=settings["task"] == "mlm",
+        samples=monitor.samples,
+        seconds_to_end=time_left(history, settings["max_global_steps"]),
     )
+
+
+def to_next_step(optimizer: SwarmOptimizer) -> float | None:
+    """Seconds until the swarm has enough samples for the next global step; None while nobody trains."""
+    progress = optimizer.tracker.global_progress
+    return max(progress.eta_next_epoch - get_dht_time(), 0.0) if progress.num_peers else None
 
 
 def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | None, join_command: str) -> dict[str, Any]:

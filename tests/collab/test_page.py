@@ -30,6 +30,9 @@ def view(**changes) -> RunView:
         join_command="python run_trainer.py --initial_peers /ip4/203.0.113.7/tcp/1/p2p/Qm",
         checkpoint="runs/bengali-albert/checkpoint-100",
         tracker="trackio show --project bengali",
+        samples=12_345_678,
+        seconds_to_end=7200.0,
+        seconds_to_next_step=12.4,
     )
     return replace(run, **changes)
 
@@ -75,7 +78,8 @@ def test_the_state_of_the_run_is_in_words():
     text = words(view())
     for expected in (
         "bengali-albert", "Masked language modelling", "Training", "2 hours ago", "Step 100 of 1,000",
-        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Peers now 1",
+        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Samples in all 12.3 M", "Peers now 1",
+        "Next step in 12 seconds",
         "Met in the last round 3 of 3", "1,204,992",
         "Loss fell from 10.00 at step 1 to 2.080 at step 100.", "run_trainer.py --initial_peers", "checkpoint-100",
     ):  # fmt: skip
@@ -159,7 +163,8 @@ def test_a_screen_reader_finds_headings_table_and_descriptions():
     assert len(identities) == len(set(identities))
     pointed_at = " ".join(a.get("aria-labelledby", "") for _, a in page.tags).split()
     assert set(pointed_at) <= set(identities)
-    assert [a["scope"] for a in page.all("th")].count("col") == 6 and {"scope": "row"} in page.all("th")
+    assert [a["scope"] for a in page.all("th")].count("col") == 8 and {"scope": "row"} in page.all("th")
+    assert len(page.all("caption")) == len(page.all("table"))
     bar = next(a for a in page.all("div") if a.get("role") == "progressbar")
     assert (bar["aria-valuenow"], bar["aria-valuemax"]) == ("100", "1000") and bar["aria-label"]
 
@@ -168,7 +173,7 @@ def test_a_run_that_has_just_begun():
     text = words(view(global_step=0, history=[], peers=[], max_steps=None))
     assert "Waiting for peers" in text and "No peer has reported a loss yet." in text and "Nobody is here" in text
     assert "no end is set" in text
-    one = words(view(global_step=1, history=rounds(1)))
+    one = words(view(global_step=1, history=rounds(1), seconds_to_end=None))
     assert "Loss 10.00 at step 1." in one and "left" not in one
 
 
