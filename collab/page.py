@@ -94,7 +94,7 @@ def curve_svg(history: Sequence[Round], width: int = 720, height: int = 270, log
     grid += "".join(
         f'<path class="grid" d="M{x(v):.1f} {bottom}v5"/>'
         f'<text x="{x(v):.1f}" y="{bottom + 20}" text-anchor="middle">{v:,.0f}</text>'
-        for v in _ticks(first, last, width // 90)
+        for v in _ticks(first, last, width // 75)
         if first <= v <= last and v == int(v)
     )
     line = "L".join(f"{x(step):.1f} {y(loss):.1f}" for step, loss in points)
@@ -290,12 +290,12 @@ def _duties(run: RunView) -> str:
         error = f'<span class="soft word">{escape(public_line(duty.last_error))}</span>' if duty.last_error else ""
         rows += (
             f'<tr><th scope="row">{escape(public_line(duty.name))}</th><td class="text">{state}{error}</td>'
-            f"<td>{_duration(duty.silent_seconds)} ago</td></tr>\n"
+            f'<td class="more">{_duration(duty.silent_seconds)} ago</td></tr>\n'
         )
     return f"""<section aria-labelledby="h-duties"><h2 id="h-duties">Duties of the auxiliary peer</h2>
 <table class="duties"><caption class="unseen">Each duty, how it goes, and when it last went well</caption>
 <thead><tr><th scope="col">Duty</th><th scope="col" class="text">So far</th>
-<th scope="col">Last went well</th></tr></thead>
+<th scope="col" class="more">Last went well</th></tr></thead>
 <tbody id="live-duties" data-live>
 {rows}</tbody></table></section>
 """
@@ -390,7 +390,7 @@ CURVE_STYLE = """
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf6;--ink:#1a1917;--soft:#5c5850;--rule:#e4e0d7;--raised:#f3f0e8;
---full:#1f6a9e;--partial:#b06a00;--alone:#b3321f}
+--full:#1f6a9e;--partial:#985a00;--alone:#b3321f}
 @media (prefers-color-scheme:dark){:root{--paper:#171614;--ink:#efece6;--soft:#aaa59b;--rule:#33322f;--raised:#22211e;
 --full:#7dbbe8;--partial:#eba63f;--alone:#ff8a73}}
 *{box-sizing:border-box;margin:0}
@@ -426,7 +426,7 @@ i.alone{box-shadow:inset 0 0 0 2px var(--alone)}
 .legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:6px 28px;margin-top:14px}
 .legend i{display:inline-block;width:12px;border-radius:2px;margin-right:8px}
 .legend i.full{height:14px}.legend i.partial{height:11px}.legend i.alone{height:8px}
-.scroll{overflow:auto;max-height:min(34em,80vh);margin:0 -24px;padding:0 24px}
+.scroll{overflow:auto;max-height:min(46em,90vh);border-bottom:1px solid var(--rule);margin:0 -24px;padding:0 24px}
 .scroll thead th{position:sticky;top:0;background:var(--paper)}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:right;padding:9px 0 9px 22px;border-bottom:1px solid var(--rule);white-space:nowrap;
@@ -467,14 +467,14 @@ border-radius:6px;padding:11px 14px;resize:vertical}
 .events li{display:flex;gap:16px;padding:4px 0}.events li span{overflow-wrap:anywhere;min-width:0}
 .bad,.partial.word,td .partial{color:var(--partial)}
 td.text,th.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.duties th:first-child{min-width:0}.duties td:last-child{color:var(--soft)}
+.duties th:first-child{min-width:0;overflow-wrap:break-word}.duties td:last-child{color:var(--soft)}
 a{color:inherit}#lost{color:var(--alone);font-weight:600}#lost:empty,#copied:empty,#live-nobody:empty{display:none}
 @media (max-width:620px){.more{display:none}.board{columns:1}main{padding:32px 20px 32px}
 h1{font-size:34px}section{margin-top:42px}
 .figures{grid-template-columns:1fr 1fr;gap:20px 16px}.wide{display:none}.narrow{display:block}
 .rounds{gap:2px}.scroll{margin:0 -20px;padding:0 20px}.command{flex-direction:column}
 .progress{flex-wrap:wrap;gap:0 16px}
-th,td{padding-left:13px;font-size:14px}th:first-child{min-width:7.5em}}
+th,td{padding-left:9px;font-size:14px}th:first-child{min-width:6.5em}}
 """
 
 # The clipboard interface exists on https and localhost only; a page of an organizer's server is often plain http.
