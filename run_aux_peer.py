@@ -57,7 +57,7 @@ from collab.reachability import start_peer
 from collab.recorder import Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
-from collab.view import STATUS, STATUS_PROTOCOL, Round, RunView, as_json, peer_views, time_left
+from collab.view import STATUS, STATUS_PROTOCOL, RunView, as_json, peer_views, time_left
 from tasks import Task, find_task
 
 logger = logging.getLogger(__name__)
@@ -383,10 +383,7 @@ def look(
     finished: bool = False,
 ) -> RunView:
     """What the page shows now of the training itself."""
-    history = [
-        Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
-        for s in monitor.history
-    ]
+    history = list(monitor.history)
     return RunView(
         run_id=settings["run_id"],
         task="; ".join(task.description().values()),

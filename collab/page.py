@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
+from typing import NamedTuple
 
 from collab.public_text import public_line, public_name
-from collab.view import SHOWN_ROUNDS, PeerView, Round, RunView, verdict
+from collab.view import SHOWN_ROUNDS, LossAt, PeerView, Round, RunView, verdict
 
 __all__ = ["PeerView", "Round", "RunView", "curve_svg", "loss_in_words", "public_name", "render_page", "verdict"]
 
@@ -53,17 +54,14 @@ def render_page(run: RunView, served: bool = False) -> str:
 """
 
 
-def curve_svg(history: Sequence[Round], width: int = 720, height: int = 270, log: bool = False) -> str:
+def curve_svg(history: Sequence[LossAt], width: int = 720, height: int = 270, log: bool = False) -> str:
     """The loss over the global steps as an SVG that stands alone: it brings its colours for light and dark.
 
     :param history: rounds in the order of their steps; those without a finite loss are left out.
     :param width: in pixels of the place where it is shown, so that its text comes out at 13 px.
     :param log: draw the loss on a logarithmic scale; losses that are not above 0 are left out, too.
     """
-    least = 0.0 if log else -math.inf
-    points = _thinned(
-        [(r.step, r.loss) for r in history if r.loss is not None and math.isfinite(r.loss) and r.loss > least]
-    )
+    points = [point for point in _thinned(history) if point.loss > 0 or not log]
     name = f"curve-{width}{'-log' if log else ''}"
     opening = (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="curve" viewBox="0 0 {width} {height}" role="img" '
@@ -107,7 +105,7 @@ def curve_svg(history: Sequence[Round], width: int = 720, height: int = 270, log
     )
 
 
-def loss_in_words(history: Sequence[Round]) -> str:
+def loss_in_words(history: Sequence[LossAt]) -> str:
     """The curve for those who hear the page or want one sentence."""
     losses = [(r.step, r.loss) for r in history if r.loss is not None and math.isfinite(r.loss)]
     if not losses:
@@ -161,16 +159,17 @@ def _figures(run: RunView) -> str:
 
 def _curve(run: RunView) -> str:
     # One drawing for each width, because the text inside an SVG would shrink with it.
+    points = _thinned(run.history)  # once: a run of 100,000 steps is drawn four times
     drawings = "".join(
-        f'<div class="{scale}"><div class="wide">{curve_svg(run.history, 832, log=scale == "log")}</div>'
-        f'<div class="narrow">{curve_svg(run.history, 320, 230, log=scale == "log")}</div></div>'
+        f'<div class="{scale}"><div class="wide">{curve_svg(points, 832, log=scale == "log")}</div>'
+        f'<div class="narrow">{curve_svg(points, 320, 230, log=scale == "log")}</div></div>'
         for scale in ("linear", "log")
         if run.loss is not None
     )
     return f"""<section aria-labelledby="h-loss"><div class="title"><h2 id="h-loss">Loss</h2>
 <button type="button" id="scale" class="small" aria-pressed="false">Log scale</button></div>
 <figure id="curve"><div id="live-curve" data-live>{drawings}</div>
-<figcaption id="live-words" data-live>{loss_in_words(run.history)}</figcaption></figure></section>
+<figcaption id="live-words" data-live>{loss_in_words(points)}</figcaption></figure></section>
 """
 
 
@@ -349,11 +348,22 @@ def _number(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:,.2f}"
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Means of equal groups of neighbours, with the last point as it is, since its value is written next to it."""
-    size = math.ceil(len(points) / CURVE_POINTS) or 1
-    groups = [points[start : start + size] for start in range(0, len(points) - 1, size)]
-    return [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups] + points[-1:]
+class _Point(NamedTuple):
+    step: float
+    loss: float
+
+
+def _thinned(history: Sequence[LossAt]) -> list[_Point]:
+    """Means of equal groups of neighbours, with the first and the last point as they are: their values are in words."""
+    known = [r for r in history if r.loss is not None and math.isfinite(r.loss)]
+    steps: list[float] = [r.step for r in known]
+    losses: list[float] = [r.loss for r in known if r.loss is not None]
+    last = len(known) - 1
+    size = math.ceil((last - 1) / CURVE_POINTS) or 1
+    ends = [(start, min(start + size, last)) for start in range(1, last, size)]
+    means = [_Point(sum(steps[a:b]) / (b - a), sum(losses[a:b]) / (b - a)) for a, b in ends]
+    first_and_last = [_Point(steps[i], losses[i]) for i in sorted({0, last}) if known]
+    return [*first_and_last[:1], *means, *first_and_last[1:]]
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from collab.background import Health
 from collab.events import Event
@@ -20,6 +20,32 @@ STATUS_PROTOCOL = "samiti/status/1"  # under this name an auxiliary peer serves 
 SLOW = 0.25  # of the median peer's speed
 
 Verdict = Literal["full", "partial", "alone"]
+
+
+class LossAt(Protocol):
+    """A point of the curve."""
+
+    @property
+    def step(self) -> float: ...
+    @property
+    def loss(self) -> float | None: ...
+
+
+class AnyRound(LossAt, Protocol):
+    """A global step as `Round` has it; `monitor.StepSummary` is one, too."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def samples_per_second(self) -> float: ...
+    @property
+    def peers_met(self) -> int: ...
+    @property
+    def peers_expected(self) -> int: ...
+    @property
+    def peers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ class RunView:
     global_step: int
     max_steps: int | None
     finished: bool
-    history: Sequence[Round]
+    history: Sequence[AnyRound]
     peers: Sequence[PeerView]
     join_command: str | None = None
     checkpoint: str | None = None
@@ -146,7 +172,7 @@ def peer_views(records: Sequence[PeerRecord]) -> list[PeerView]:
     return sorted(views, key=lambda peer: (-peer.samples, peer.name))
 
 
-def time_left(history: Sequence[Round], max_steps: int | None) -> float | None:
+def time_left(history: Sequence[AnyRound], max_steps: int | None) -> float | None:
     """Seconds to the end at the pace of the last rounds; None as long as there is no pace."""
     recent = history[-SHOWN_ROUNDS:]
     if max_steps is None or len(recent) < 2 or recent[-1].step <= recent[0].step:
@@ -227,7 +253,10 @@ def _public(run: RunView) -> RunView:
     """The view with strangers' words and errors as public lines, and no more rounds and names than are shown."""
     return replace(
         run,
-        history=list(run.history[-SHOWN_ROUNDS:]),
+        history=[
+            Round(r.step, r.time, r.loss, r.samples_per_second, r.peers_met, r.peers_expected, r.peers)
+            for r in run.history[-SHOWN_ROUNDS:]
+        ],
         peers=[
             replace(p, name=public_name(p.name), role=public_name(p.role), device=public_line(p.device, 60))
             for p in run.peers

@@ -35,7 +35,6 @@ from collab.view import (  # noqa: E402
     SHOWN_ROUNDS,
     STATUS_PROTOCOL,
     PeerView,
-    Round,
     RunView,
     as_json,
     from_json,
@@ -121,10 +120,7 @@ class Swarm:
             global_step=step,
             max_steps=settings["max_global_steps"],
             finished=False,
-            history=[
-                Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
-                for s in self._monitor.history
-            ],
+            history=list(self._monitor.history),
             peers=[],
             join_command=join_command(self._peer, self._manifest) if not self._peer.client_mode else None,
         )

@@ -199,3 +199,22 @@ def test_any_history_gives_a_curve(losses):
     assert "nan" not in svg and "inf" not in svg.replace("infinity", "")
     assert len(svg) < 20_000, "a long run makes a heavy page"
     Page(render_page(view(history=history)))
+
+
+def test_the_ends_of_a_long_curve_are_exact() -> None:
+    history = [
+        Round(s, float(s), 10.0 if s == 1 else 1.0 if s == 9999 else 5.0, 1.0, 1, 1, 1) for s in range(1, 10_000)
+    ]
+    said = "Loss fell from 10.00 at step 1 to 1.000 at step 9,999."
+    assert loss_in_words(history) == said
+    assert words(view(history=history)).count(said) == 5, "in the caption, and in each of four drawings"
+
+
+@pytest.mark.parametrize("losses", [[], [3.0, -1.0, 0.0], [1e-9, 1e9], [3.0], [9.0, 2.1], [2.0001, 2.0], [0.5, 120.0]])
+def test_any_history_gives_a_logarithmic_curve(losses) -> None:
+    history = [Round(i + 1, float(i), loss, 1.0, 1, 1, 1) for i, loss in enumerate(losses)]
+    svg = curve_svg(history, log=True)
+    heights = [float(y) for y in re.findall(r'class="grid" d="M46 ([\d.]+)H', svg)]
+    assert all(0 <= height <= 270 for height in heights) and heights == sorted(heights, reverse=True)
+    if len([loss for loss in losses if loss > 0]) > 1:
+        assert 2 <= len(heights) <= 12
