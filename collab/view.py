@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from collab.background import Health
@@ -201,9 +202,11 @@ def from_json(text: str | bytes) -> RunView:
         made: dict[str, Any] = {name: [kind(**entry) for entry in content.pop(name)] for name, kind in parts.items()}
         contributors = [(str(name), int(samples)) for name, samples in content.pop("contributors")]
         run = RunView(**content, **made, contributors=contributors)
-        as_prometheus(run)  # reads every number
+        as_prometheus(run)  # reads the numbers
+        for moment in (run.started, run.updated, *(event.time for event in run.events)):
+            datetime.fromtimestamp(moment, UTC)
         return _public(run)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
         raise ValueError(f"this is no view of a run: {error!r}") from error
 
 

@@ -1,17 +1,26 @@
 """The status in a terminal: as wide as the terminal, without colours where none are wanted, and safe to print."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arguments import agreed_settings
 from collab.background import Health
 from collab.events import Event
-from collab.view import PeerView
-from scripts.status import as_text, coloured, columns, fit, sparkline
+from collab.manifest import Manifest
+from collab.metrics import metrics_validators, publish_record
+from collab.peer import Peer
+from collab.view import STATUS_PROTOCOL, PeerView, as_json
+from scripts.status import Swarm, as_text, coloured, columns, fit, sparkline
+from tests.collab.conftest import guarded, start_peer  # noqa: F401 - fixtures
+from tests.collab.test_monitor import record
 from tests.collab.test_view import RUN
+from tests.swarm.processes import wait_until
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -68,3 +77,27 @@ def test_any_text_fits(text: str, width: int) -> None:
 def test_a_sparkline_falls_with_the_loss_and_leaves_gaps() -> None:
     assert sparkline([8.0, None, 4.5, float("nan"), 1.0]) == "█ ▅ ▁"
     assert sparkline([]) == "" and sparkline([3.0, 3.0]) == "▁▁"
+
+
+def test_without_an_auxiliary_peer_the_records_tell(
+    start_peer: Callable[..., Peer],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    organizer = start_peer()
+    settings = agreed_settings({"run_id": "bengali"})
+    manifest = Manifest.found(settings, {}, organizer.private_key)
+    client = start_peer(initial_peers=organizer.addresses(), client_mode=True)
+    for peer in (organizer, client):
+        peer.dht.add_validators(metrics_validators("bengali"))
+    publish_record(organizer, "bengali", record(organizer.peer_id, 7, name="asha"), lifetime=60)
+    swarm = Swarm(client, manifest)
+    wait_until(lambda: bool(swarm.look().peers), 30, lambda: "no record came")
+
+    assert swarm.look().global_step == 7 and [peer.name for peer in swarm.look().peers] == ["asha"]
+    (tmp_path / "status.json").write_text(as_json(RUN))
+    organizer.serve(STATUS_PROTOCOL, tmp_path / "status.json")
+    told = swarm.look()
+    assert told.samples == RUN.samples and told.events == RUN.events
+    assert [peer.name for peer in told.peers] == ["asha"], "who is there, the records say, not the auxiliary peer"
+    (tmp_path / "status.json").write_text("[" * 1000)
+    assert swarm.look().global_step == 7

@@ -91,7 +91,8 @@ def test_json_has_neither_nan_nor_addresses_nor_floods() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2}', "null",
-                                  as_json(RUN).replace('"name"', '"nom"')])  # fmt: skip
+                                  "[" * 5000,
+                                  as_json(RUN).replace('"name"', '"nom"'), as_json(RUN).replace("1500.0", "1e300")])  # fmt: skip
 def test_what_is_no_view_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         from_json(text)
