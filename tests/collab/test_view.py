@@ -90,9 +90,10 @@ def test_json_has_neither_nan_nor_addresses_nor_floods() -> None:
     assert where not in text and "\u202e" not in text and len(text) < 20_000
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2}', "null",
-                                  "[" * 5000,
-                                  as_json(RUN).replace('"name"', '"nom"'), as_json(RUN).replace("1500.0", "1e300")])  # fmt: skip
+BROKEN = [as_json(RUN).replace('"name"', '"nom"'), as_json(RUN).replace("1500.0", "1e300"), "[" * 5000]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2}', "null", *BROKEN])
 def test_what_is_no_view_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         from_json(text)
