@@ -6,6 +6,7 @@ the volunteers with the run manifest. What concerns one machine only (`PeerArgum
 """
 
 import difflib
+import ipaddress
 import json
 import math
 import types
@@ -47,6 +48,15 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def is_ip(text: str) -> bool:
+    """Whether `text` is an IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def require(condition: bool, key: str, value: Any, rule: str) -> None:
@@ -406,6 +416,12 @@ class AuxArguments:
         "Show Trackio's curves to everybody as well: ORG/NAME of a Space on the Hugging Face Hub, made if it does not "
         "exist, or the address of a Trackio server with its write_token. Needs trackio in report_to.",
     )
+    page_port: int = option(
+        8484, "TCP port at which the page is served; if it is taken, one of the next twenty. 0: page.html only."
+    )
+    page_host: str = option(
+        "127.0.0.1", "Address that the page is served on: 127.0.0.1 for this computer only, 0.0.0.0 for everybody."
+    )
     save_every: int = option(100, "Pull the state from the swarm and write a checkpoint every this many global steps.")
     keep_last: int = option(3, "So many of the newest checkpoints stay on the disk, each with 12 bytes per parameter.")
     keep_every: int = option(
@@ -441,6 +457,8 @@ class AuxArguments:
             space is None or "trackio" in self.report_to,
             "trackio_space", "the one given", "left out, or trackio added to report_to",
         )  # fmt: skip
+        require(0 <= self.page_port <= 65535, "page_port", self.page_port, "a port from 1 to 65535, or 0 for none")
+        require(is_ip(self.page_host), "page_host", self.page_host, "an IP address of this computer, or 0.0.0.0")
         for key in ("save_every", "keep_last"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("keep_every", "keep_best", "held_out_batches"):

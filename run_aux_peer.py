@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from arguments import (
 from collab.agreement import sketch
 from collab.archive import Archive
 from collab.assistant import Assistant
-from collab.background import Repeated
+from collab.background import Background, Repeated
 from collab.bandwidth import serve_bandwidth
 from collab.changes import ChangeWatch, in_words
 from collab.checkpoint import (
@@ -47,7 +48,9 @@ from collab.contributions import FILE as CONTRIBUTIONS
 from collab.contributions import PROTOCOL, Contributions
 from collab.curve import curve_png
 from collab.errors import UserError
+from collab.events import Events, Lookback
 from collab.files import write_bytes, write_text
+from collab.fill_mask import FillMask
 from collab.keeper import Keeper, Saved
 from collab.lease import LIFETIME, Lease
 from collab.lookout import Lookout
@@ -56,7 +59,8 @@ from collab.metrics import AuxRecord, announce_saved, metrics_validators, read_r
 from collab.modelcard import CURVE, model_card
 from collab.monitor import OVERSHOOT, Monitor, StepSummary
 from collab.optimizer import SwarmOptimizer, make_optimizer, weight_decay_groups
-from collab.page import PeerView, Round, RunView, loss_in_words, render_page
+from collab.page import loss_in_words, render_page
+from collab.page_server import PageServer
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, restart_program, run_program
 from collab.public_address import public_addresses
@@ -65,6 +69,7 @@ from collab.reachability import start_peer
 from collab.recorder import Presence, Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
+from collab.view import STATUS, STATUS_PROTOCOL, RunView, as_json, peer_views, time_left
 from tasks import Task, find_task
 
 logger = logging.getLogger(__name__)
@@ -160,7 +165,8 @@ def main() -> None:
         samples_before = uncounted_samples(resumed, monitor)
         contributions = Contributions(run_folder / CONTRIBUTIONS, most=OVERSHOOT * settings["target_batch_size"])
         peer.serve(PROTOCOL, contributions.file)
-        started = time.time()
+        started, events = time.time(), Events()
+        lookback = Lookback(events)
 
         join_line = join_command(peer, manifest)
         console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
@@ -172,13 +178,13 @@ def main() -> None:
         # ---- the duties: each goes on by itself, whatever becomes of the others
         def card(step: int, measured: dict[str, float]) -> str:
             names = list(contributions.of_names())
-            samples, rounds = samples_before + monitor.samples, rounds_of(monitor)
-            return card_of(task, step, samples, monitor.tokens, rounds, names, settings, mine, join_line, measured)
+            samples, history = samples_before + monitor.samples, monitor.history
+            return card_of(task, step, samples, monitor.tokens, history, names, settings, mine, join_line, measured)
 
         def keep(step: int, checks: dict[str, Any]) -> Path:
             state = optimizer.state_dict()
             state["state"]["local_epoch"] = step  # the assistant may be further already
-            curve = curve_png(rounds_of(monitor))
+            curve = curve_png(monitor.history)
             save_checkpoint(
                 folder := archive.place(step),
                 save_pretrained=task.save_pretrained,
@@ -200,6 +206,7 @@ def main() -> None:
             )
             announce_saved(peer, run_id, step)
             console.line(f"Saved the state of global step {step} to {folder}")
+            events.add("saved", f"Saved the checkpoint of step {step:,}")
             return folder
 
         def describe() -> AuxRecord:
@@ -243,14 +250,33 @@ def main() -> None:
         )  # fmt: skip
         presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
 
-        def show(finished: bool = False) -> None:
+        def see(finished: bool = False) -> RunView:
             view = look(task, monitor, settings, started, join_line, keeper.newest, trackers.where(), finished)
+            return replace(
+                view,
+                contributors=list(contributions.of_names().items()),
+                duties=[duty.health for duty in duties],
+                events=events.recent,
+                seconds_to_next_step=None if finished else to_next_step(optimizer),
+            )
+
+        def show(finished: bool = False) -> None:
+            lookback.at_peers(monitor.live)
+            lookback.at_duties([duty.health for duty in duties])
+            view = see(finished)
             write_text(run_folder / "page.html", render_page(view))
+            write_text(run_folder / STATUS, as_json(view))
             if others := lookout.addresses():
                 write_text(run_folder / PEERS, "\n".join(others) + "\n")
 
-        page = Repeated("Writing the page", show, PAGE_SECONDS)
-        duties = [welcome, recorder, presence, keeper, assistant, lookout, changes, page]
+        duties: list[Background] = [welcome, recorder, presence, keeper, assistant, lookout, changes]
+        if mine.page_port:
+            fill_mask = FillMask(lambda: keeper.newest)
+            at = "The page is at {}".format
+            server = PageServer(mine.page_host, mine.page_port, see, fill_mask, lambda where: console.line(at(where)))
+            duties.append(server)
+        duties.append(Repeated("Writing the page", show, PAGE_SECONDS))
+        peer.serve(STATUS_PROTOCOL, run_folder / STATUS)
         if publisher:
             lease = Lease(peer, manifest.swarm_id, "publishing", min(LIFETIME, settings["metadata_expiration"]))
             publishing = Publishing(publisher, keeper, lease, run_folder / "checkpoints", manifest.swarm_id)
@@ -387,7 +413,7 @@ def card_of(
     step: int,
     samples: int,
     tokens: int,
-    rounds: list[Round],
+    history: list[StepSummary],
     names: list[str],
     settings: dict[str, Any],
     mine: AuxArguments,
@@ -412,7 +438,7 @@ def card_of(
         samples=samples,
         tokens=tokens,
         held_out=measured,
-        curve_in_words=loss_in_words(rounds) if curve_png(rounds) else None,
+        curve_in_words=loss_in_words(history) if curve_png(history) else None,
         peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,
@@ -457,7 +483,8 @@ def look(
     trackers: dict[str, str],
     finished: bool = False,
 ) -> RunView:
-    """What the page shows now."""
+    """What the page shows now of the training itself."""
+    history = list(monitor.history)
     return RunView(
         run_id=settings["run_id"],
         task="; ".join(task.description().values()),
@@ -466,32 +493,21 @@ def look(
         global_step=monitor.step,
         max_steps=settings["max_global_steps"],
         finished=finished,
-        history=rounds_of(monitor),
-        peers=[
-            PeerView(
-                name=record.name,
-                role="client" if record.client_mode else "trainer",
-                samples_per_second=record.samples_per_second,
-                samples=record.samples_total,
-                last_step=record.step,
-                peers_met=record.peers_met,
-                peers_expected=record.peers_expected,
-                loss=record.loss,
-            )
-            for record in monitor.live
-        ],
+        history=history,
+        peers=peer_views(monitor.live),
         join_command=join_command,
         checkpoint=str(checkpoint.folder) if checkpoint else None,
         tracker="; ".join(trackers.values()),
+        can_fill_mask=settings["task"] == "mlm",
+        samples=monitor.samples,
+        seconds_to_end=time_left(history, settings["max_global_steps"]),
     )
 
 
-def rounds_of(monitor: Monitor) -> list[Round]:
-    """The history of the swarm as pictures show it."""
-    return [
-        Round(s.step, s.time, s.loss, s.samples_per_second, s.peers_met, s.peers_expected, s.peers)
-        for s in monitor.history
-    ]
+def to_next_step(optimizer: SwarmOptimizer) -> float | None:
+    """Seconds until the swarm has enough samples for the next global step; None while nobody trains."""
+    progress = optimizer.tracker.global_progress
+    return max(progress.eta_next_epoch - get_dht_time(), 0.0) if progress.num_peers else None
 
 
 def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | None, join_command: str) -> dict[str, Any]:

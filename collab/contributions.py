@@ -58,7 +58,7 @@ class Contributions:
         """Samples by public name, the largest first; a person may take part with several computers, one after another
         or at once."""
         total: Counter[str] = Counter()
-        for contribution in self.of_peers.values():
+        for contribution in list(self.of_peers.values()):  # another thread may add one
             total[contribution.name] += contribution.samples
         return dict(total.most_common())
 

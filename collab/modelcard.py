@@ -6,7 +6,7 @@ from html import escape
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from collab.names import public_name
+from collab.public_text import public_name
 
 SHOWN_PEERS = 100
 CURVE = "curve.png"  # the Hub's page shows no SVG of a card, but a PNG that lies beside it

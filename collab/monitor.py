@@ -17,7 +17,7 @@ from hivemind.utils import get_dht_time
 
 from collab.agreement import SKETCH_SIZE, spread
 from collab.metrics import MAX_REASON, MAX_STEP, AuxRecord, PeerRecord, is_live
-from collab.names import public_name
+from collab.public_text import public_line, public_name
 from collab.robust import leveled, weighted_mean, winsorized
 from collab.watch import Sketches
 
@@ -467,7 +467,7 @@ def _peer_figures(record: PeerRecord, contributions: Mapping[str, int]) -> PeerF
     same = {field.name for field in fields(PeerFigures)} & set(record.__fields__)
     told = {name: getattr(record, name) for name in same}
     told |= {name: public_name(told[name]) for name in ("name", "version", "device")}
-    told |= {"reason": public_name(record.reason, MAX_REASON) if record.reason else "", "samples": record.samples_total}
+    told |= {"reason": public_line(record.reason, MAX_REASON), "samples": record.samples_total}
     return PeerFigures(
         **told,
         role=record.role,

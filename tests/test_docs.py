@@ -10,12 +10,14 @@ import pytest
 
 from arguments import AGREED, AuxArguments, PeerArguments, TrainerArguments, parse, pick
 from scripts.inspect_data import InspectArguments
+from scripts.status import StatusArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     "run_trainer.py": (*AGREED, PeerArguments, TrainerArguments),
     "scripts/inspect_data.py": (*AGREED, InspectArguments),
+    "scripts/status.py": (PeerArguments, StatusArguments),
     "scripts/doctor.py": (*AGREED, PeerArguments, TrainerArguments),
     "run_aux_peer.py": (*AGREED, PeerArguments, AuxArguments),
 }

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from collab.names import public_name
 from collab.page import PeerView, Round, RunView, curve_svg, loss_in_words, render_page, verdict
+from collab.public_text import public_name
 
 NOW = 1_795_000_000.0
 
@@ -31,6 +31,9 @@ def view(**changes) -> RunView:
         join_command="python run_trainer.py --initial_peers /ip4/203.0.113.7/tcp/1/p2p/Qm",
         checkpoint="runs/bengali-albert/checkpoint-100",
         tracker="trackio show --project bengali",
+        samples=12_345_678,
+        seconds_to_end=7200.0,
+        seconds_to_next_step=12.4,
     )
     return replace(run, **changes)
 
@@ -76,7 +79,8 @@ def test_the_state_of_the_run_is_in_words():
     text = words(view())
     for expected in (
         "bengali-albert", "Masked language modelling", "Training", "2 hours ago", "Step 100 of 1,000",
-        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Peers now 1",
+        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Samples in all 12.3 M", "Peers now 1",
+        "Next step in 12 seconds",
         "Met in the last round 3 of 3", "1,204,992",
         "Loss fell from 10.00 at step 1 to 2.080 at step 100.", "run_trainer.py --initial_peers", "checkpoint-100",
     ):  # fmt: skip
@@ -160,7 +164,8 @@ def test_a_screen_reader_finds_headings_table_and_descriptions():
     assert len(identities) == len(set(identities))
     pointed_at = " ".join(a.get("aria-labelledby", "") for _, a in page.tags).split()
     assert set(pointed_at) <= set(identities)
-    assert [a["scope"] for a in page.all("th")].count("col") == 6 and {"scope": "row"} in page.all("th")
+    assert [a["scope"] for a in page.all("th")].count("col") == 8 and {"scope": "row"} in page.all("th")
+    assert len(page.all("caption")) == len(page.all("table"))
     bar = next(a for a in page.all("div") if a.get("role") == "progressbar")
     assert (bar["aria-valuenow"], bar["aria-valuemax"]) == ("100", "1000") and bar["aria-label"]
 
@@ -169,7 +174,7 @@ def test_a_run_that_has_just_begun():
     text = words(view(global_step=0, history=[], peers=[], max_steps=None))
     assert "Waiting for peers" in text and "No peer has reported a loss yet." in text and "Nobody is here" in text
     assert "no end is set" in text
-    one = words(view(global_step=1, history=rounds(1)))
+    one = words(view(global_step=1, history=rounds(1), seconds_to_end=None))
     assert "Loss 10.00 at step 1." in one and "left" not in one
 
 
@@ -195,3 +200,22 @@ def test_any_history_gives_a_curve(losses):
     assert "nan" not in svg and "inf" not in svg.replace("infinity", "")
     assert len(svg) < 20_000, "a long run makes a heavy page"
     Page(render_page(view(history=history)))
+
+
+def test_the_ends_of_a_long_curve_are_exact() -> None:
+    history = [
+        Round(s, float(s), 10.0 if s == 1 else 1.0 if s == 9999 else 5.0, 1.0, 1, 1, 1) for s in range(1, 10_000)
+    ]
+    said = "Loss fell from 10.00 at step 1 to 1.000 at step 9,999."
+    assert loss_in_words(history) == said
+    assert words(view(history=history)).count(said) == 5, "in the caption, and in each of four drawings"
+
+
+@pytest.mark.parametrize("losses", [[], [3.0, -1.0, 0.0], [1e-9, 1e9], [3.0], [9.0, 2.1], [2.0001, 2.0], [0.5, 120.0]])
+def test_any_history_gives_a_logarithmic_curve(losses) -> None:
+    history = [Round(i + 1, float(i), loss, 1.0, 1, 1, 1) for i, loss in enumerate(losses)]
+    svg = curve_svg(history, log=True)
+    heights = [float(y) for y in re.findall(r'class="grid" d="M46 ([\d.]+)H', svg)]
+    assert all(0 <= height <= 270 for height in heights) and heights == sorted(heights, reverse=True)
+    if len([loss for loss in losses if loss > 0]) > 1:
+        assert 2 <= len(heights) <= 12

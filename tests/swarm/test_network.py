@@ -105,7 +105,7 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
 
     wait_until(lambda: bool(together()), 20, auxiliary.output)
     page = folder / "page.html"
-    wait_until(lambda: ">client<" in page.read_text() and ">trainer<" in page.read_text(), 20, page.read_text)
+    wait_until(lambda: ">client" in page.read_text() and ">trainer" in page.read_text(), 20, page.read_text)
     outside.interrupt()
     assert outside.wait() == 0, outside.output()
 

@@ -1,0 +1,282 @@
+"""What a run looks like at one moment, as plain data: the page, the terminal, JSON and Prometheus all show this."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from collab.background import Health
+from collab.events import Event
+from collab.metrics import PeerRecord
+from collab.public_text import public_line, public_name
+
+SHOWN_ROUNDS = 40
+SHOWN_CONTRIBUTORS = 100
+JSON_VERSION = 1
+STATUS = "status.json"  # in the run's folder
+STATUS_PROTOCOL = "samiti/status/1"  # under this name an auxiliary peer serves that file
+SLOW = 0.25  # of the median peer's speed
+
+Verdict = Literal["full", "partial", "alone"]
+
+
+class LossAt(Protocol):
+    """A point of the curve."""
+
+    @property
+    def step(self) -> float: ...
+    @property
+    def loss(self) -> float | None: ...
+
+
+class AnyRound(LossAt, Protocol):
+    """A global step as `Round` has it; `monitor.StepSummary` is one, too."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def samples_per_second(self) -> float: ...
+    @property
+    def peers_met(self) -> int: ...
+    @property
+    def peers_expected(self) -> int: ...
+    @property
+    def peers(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """One global step as the swarm lived it.
+
+    :param time: when it ended, in seconds since 1970.
+    :param loss: mean over the peers that reported one; None if nobody did.
+    :param samples_per_second: of all peers together.
+    :param peers_met: how many peers averaged together in this round, this one included.
+    :param peers_expected: how many should have.
+    :param peers: how many were known to be alive.
+    """
+
+    step: int
+    time: float
+    loss: float | None
+    samples_per_second: float
+    peers_met: int
+    peers_expected: int
+    peers: int
+
+
+@dataclass(frozen=True)
+class PeerView:
+    """One live peer. `name` comes from a stranger; `loss` is None for a peer that does not train.
+
+    :param samples: given in this session.
+    :param device: what it computes on; empty if it does not say.
+    :param data_wait: share of its time in which it waited for samples, from 0 to 1.
+    :param memory: bytes that it has taken at most.
+    :param slow: its speed is less than a quarter of the median peer's.
+    """
+
+    name: str
+    role: str
+    samples_per_second: float
+    samples: int
+    last_step: int
+    peers_met: int
+    peers_expected: int
+    loss: float | None = None
+    device: str = ""
+    data_wait: float | None = None
+    memory: int | None = None
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class RunView:
+    """Everything that is shown.
+
+    :param task: for people, as in "masked language modelling".
+    :param started: when the run began, in seconds since 1970.
+    :param updated: when this view was made, in seconds since 1970.
+    :param max_steps: where the run ends; None if nobody decided that.
+    :param finished: nothing will change any more: the page stops refreshing and invites nobody.
+    :param join_command: what a volunteer types.
+    :param checkpoint: the folder or the address of the newest checkpoint.
+    :param tracker: what to open or to type for all curves.
+    :param can_fill_mask: a checkpoint can be tried with a gap in a sentence.
+    :param samples: of the whole run.
+    :param seconds_to_next_step: None while nobody trains.
+    :param seconds_to_end: None as long as there is no pace.
+    :param contributors: (public name, samples), the largest first.
+    :param duties: how each duty of the auxiliary peer is doing.
+    :param events: the newest first.
+    """
+
+    run_id: str
+    task: str
+    started: float
+    updated: float
+    global_step: int
+    max_steps: int | None
+    finished: bool
+    history: Sequence[AnyRound]
+    peers: Sequence[PeerView]
+    join_command: str | None = None
+    checkpoint: str | None = None
+    tracker: str | None = None
+    can_fill_mask: bool = False
+    samples: int = 0
+    seconds_to_next_step: float | None = None
+    seconds_to_end: float | None = None
+    contributors: Sequence[tuple[str, int]] = ()
+    duties: Sequence[Health] = ()
+    events: Sequence[Event] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """Of the last round in which anybody reported one."""
+        return next((r.loss for r in reversed(self.history) if r.loss is not None and math.isfinite(r.loss)), None)
+
+
+def verdict(met: int, expected: int) -> Verdict:
+    """How a round went: everybody who was expected met, some did, or the peer was alone although others were there."""
+    if met >= expected:
+        return "full"
+    return "partial" if met > 1 else "alone"
+
+
+def peer_views(records: Sequence[PeerRecord]) -> list[PeerView]:
+    """The peers that have reported, the one that gave most first."""
+    speeds = [record.samples_per_second for record in records if record.samples_per_second > 0]
+    slow = SLOW * statistics.median(speeds) if speeds else 0.0
+    views = [
+        PeerView(
+            name=record.name,
+            role="client" if record.client_mode else "trainer",
+            samples_per_second=record.samples_per_second,
+            samples=record.samples_total,
+            last_step=record.step,
+            peers_met=record.peers_met,
+            peers_expected=record.peers_expected,
+            loss=record.loss,
+            device=getattr(record, "device", ""),
+            data_wait=record.data_wait,
+            memory=record.memory or None,
+            slow=record.samples_per_second < slow,
+        )
+        for record in records
+    ]
+    return sorted(views, key=lambda peer: (-peer.samples, peer.name))
+
+
+def time_left(history: Sequence[AnyRound], max_steps: int | None) -> float | None:
+    """Seconds to the end at the pace of the last rounds; None as long as there is no pace."""
+    recent = history[-SHOWN_ROUNDS:]
+    if max_steps is None or len(recent) < 2 or recent[-1].step <= recent[0].step:
+        return None
+    pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
+    return max(pace * (max_steps - recent[-1].step), 0.0)
+
+
+def as_json(run: RunView) -> str:
+    """The view for programs: the keys of docs/page.md, numbers that are not finite as null, strangers' words public."""
+    content = asdict(_public(run)) | {"version": JSON_VERSION, "loss": run.loss}
+    return json.dumps(_finite(content), allow_nan=False, ensure_ascii=False)
+
+
+def from_json(text: str | bytes) -> RunView:
+    """The view that `as_json` wrote, here or on another computer.
+
+    :raises ValueError: it is not one, or one of another version.
+    """
+    try:
+        content = json.loads(text)
+        if content.pop("version") != JSON_VERSION:
+            raise ValueError("it was written by another version of the code")
+        content.pop("loss")
+        parts = {"history": Round, "peers": PeerView, "duties": Health, "events": Event}
+        made: dict[str, Any] = {name: [kind(**entry) for entry in content.pop(name)] for name, kind in parts.items()}
+        contributors = [(str(name), int(samples)) for name, samples in content.pop("contributors")]
+        run = RunView(**content, **made, contributors=contributors)
+        as_prometheus(run)  # reads the numbers
+        for moment in (run.started, run.updated, *(event.time for event in run.events)):
+            datetime.fromtimestamp(moment, UTC)
+        return _public(run)
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
+        raise ValueError(f"this is no view of a run: {error!r}") from error
+
+
+def as_prometheus(run: RunView) -> str:
+    """The view in Prometheus' text format, version 0.0.4.
+
+    Peers are counted, not listed: a label that strangers choose would let anybody fill the database that reads this.
+    """
+    last = run.history[-1] if run.history else None
+    roles = {role: sum(peer.role == role for peer in run.peers) for role in ("trainer", "client")}
+    verdicts = [verdict(r.peers_met, r.peers_expected) for r in run.history[-SHOWN_ROUNDS:]]
+    speed = sum(peer.samples_per_second for peer in run.peers)
+    families: list[tuple[str, str, str, list[tuple[dict[str, str], float | None]]]] = [
+        ("global_step", "gauge", "Global steps that are complete.", [({}, run.global_step)]),
+        ("max_global_steps", "gauge", "Where the run ends.", [({}, run.max_steps)]),
+        ("loss", "gauge", "Training loss of the last step, in nats.", [({}, run.loss)]),
+        ("samples_total", "counter", "Samples averaged into the model.", [({}, run.samples)]),
+        ("samples_per_second", "gauge", "Of all live peers together, while they compute.", [({}, speed)]),
+        ("peers", "gauge", "Live peers by role.", [({"role": role}, count) for role, count in roles.items()]),
+        ("slow_peers", "gauge", "Live peers below a quarter of the median speed.",
+         [({}, sum(peer.slow for peer in run.peers))]),
+        ("round_peers_met", "gauge", "Peers that averaged together last.", [({}, last.peers_met if last else None)]),
+        ("round_peers_expected", "gauge", "Peers that should have.", [({}, last.peers_expected if last else None)]),
+        ("recent_rounds", "gauge", f"The last {SHOWN_ROUNDS} rounds by how they went.",
+         [({"verdict": how}, verdicts.count(how)) for how in ("full", "partial", "alone")]),
+        ("seconds_to_next_step", "gauge", "Until enough samples are there.", [({}, run.seconds_to_next_step)]),
+        ("seconds_to_end", "gauge", "To the end of the run at this pace.", [({}, run.seconds_to_end)]),
+        ("contributors", "gauge", "Public names that have given samples.", [({}, len(run.contributors))]),
+        ("duty_failures_total", "counter", "Turns of the auxiliary peer's duties that failed.",
+         [({"duty": duty.name}, duty.failures) for duty in run.duties]),
+        ("duty_silent_seconds", "gauge", "Since a turn of the duty ended well.",
+         [({"duty": duty.name}, duty.silent_seconds) for duty in run.duties]),
+        ("updated_timestamp_seconds", "gauge", "When these figures were taken.", [({}, run.updated)]),
+    ]  # fmt: skip
+    lines = []
+    for name, kind, help_text, samples in families:
+        lines += [f"# HELP samiti_{name} {help_text}", f"# TYPE samiti_{name} {kind}"]
+        for labels, value in samples:
+            if value is not None and math.isfinite(value):
+                pairs = {"run_id": run.run_id} | labels
+                inside = ",".join(f'{key}="{_label(text)}"' for key, text in pairs.items())
+                lines.append(f"samiti_{name}{{{inside}}} {value:.17g}")
+    return "\n".join(lines) + "\n"
+
+
+def _public(run: RunView) -> RunView:
+    """The view with strangers' words and errors as public lines, and no more rounds and names than are shown."""
+    return replace(
+        run,
+        history=[
+            Round(r.step, r.time, r.loss, r.samples_per_second, r.peers_met, r.peers_expected, r.peers)
+            for r in run.history[-SHOWN_ROUNDS:]
+        ],
+        peers=[
+            replace(p, name=public_name(p.name), role=public_name(p.role), device=public_line(p.device, 60))
+            for p in run.peers
+        ],
+        contributors=[(public_name(name), samples) for name, samples in run.contributors[:SHOWN_CONTRIBUTORS]],
+        duties=[replace(d, name=public_line(d.name), last_error=public_line(d.last_error)) for d in run.duties],
+        events=[replace(event, text=public_line(event.text)) for event in run.events],
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _label(text: str) -> str:
+    return public_line(text).replace("\\", r"\\").replace('"', r"\"")
