@@ -422,11 +422,11 @@ class AuxArguments:
         space = self.trackio_space
         require(
             space is None or "://" in space or space.count("/") == 1,
-            "trackio_space", "the one given", "ORG/NAME, or an address that begins with http:// or https://",
+            "trackio_space", space, "ORG/NAME, or an address that begins with http:// or https://",
         )  # fmt: skip
         require(
             space is None or "trackio" in self.report_to,
-            "trackio_space", "the one given", "left out, or trackio added to report_to",
+            "trackio_space", space and space.partition("?")[0], "left out, or trackio added to report_to",
         )  # fmt: skip
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
         at = self.change_at_step
