@@ -451,11 +451,11 @@ class AuxArguments:
         space = self.trackio_space
         require(
             space is None or "://" in space or space.count("/") == 1,
-            "trackio_space", "the one given", "ORG/NAME, or an address that begins with http:// or https://",
+            "trackio_space", space, "ORG/NAME, or an address that begins with http:// or https://",
         )  # fmt: skip
         require(
             space is None or "trackio" in self.report_to,
-            "trackio_space", "the one given", "left out, or trackio added to report_to",
+            "trackio_space", space and space.partition("?")[0], "left out, or trackio added to report_to",
         )  # fmt: skip
         require(0 <= self.page_port <= 65535, "page_port", self.page_port, "a port from 1 to 65535, or 0 for none")
         require(is_ip(self.page_host), "page_host", self.page_host, "an IP address of this computer, or 0.0.0.0")
