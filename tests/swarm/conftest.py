@@ -85,9 +85,3 @@ def swarm(tmp_path: Path, shared_cache: Path) -> Iterator[Swarm]:
     swarm = Swarm(tmp_path, shared_cache)
     yield swarm
     swarm.end()
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared text and tokenizers, made once for all tests."""
-    return tmp_path_factory.mktemp("cache")
