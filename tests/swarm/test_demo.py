@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     cache = tmp_path_factory.mktemp("cache")
     command = ["scripts/local_swarm.py", "--run_folder", str(folder), "--keep_weights", "--"]
-    program = Program("demo", [*command, "--cache_dir", str(cache)], folder.parent / "demo.log")
+    program = Program("demo", [*command, "--cache_dir", str(cache)], folder.parent / "demo.log", cold=True)
     try:
         program.wait_for_output("Others join with", timeout=120)
         program.wait_for_output("step    3/", timeout=120)
