@@ -622,8 +622,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._must_reload, self.state_averager.not_before = False, 0
         self.states_loaded += bool(loaded)
         self.spikes.took_over()
-        if loaded:
-            self.went_back_to = None
+        if loaded:  # with delayed averaging the donor has gone back already, if a round has agreed on it
+            self.went_back_to = self._agreed_step = None
         self.share_state_memory()
         give_back_freed_memory()
         return bool(loaded)

@@ -559,6 +559,20 @@ def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_on
     assert state.allow_state_sharing and optimizer.has_state
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_who_was_left_behind_does_not_go_back_once_more_from_the_state_of_those_who_have(monkeypatch, loaded) -> None:
+    """With delayed averaging, what a round has agreed on is done when the next one begins."""
+    monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
+    state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(loaded), local_epoch=27)
+    state.optimizer = SimpleNamespace(state={})
+    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=27, report_local_progress=Calls())
+    optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, client_mode=True)
+    optimizer.grad_averager, optimizer._look_who_is_there = SimpleNamespace(reset_accumulated_grads_=Calls()), Calls()
+    optimizer._agreed_step, optimizer._must_reload, optimizer.has_state = 12, False, True
+    optimizer.load_state_from_peers()
+    assert optimizer._agreed_step == (None if loaded else 12)
+
+
 def test_nobodys_gradients_are_downloaded_with_the_state() -> None:
     """A newcomer has no use for them. Stock hivemind fetches as many bytes again."""
     for cls, downloads in ((hivemind.Optimizer, 1), (SwarmOptimizer, 0)):

@@ -100,8 +100,7 @@ def test_an_auxiliary_peer_hands_out_and_keeps_the_weights_that_the_swarm_went_b
     auxiliary, address = swarm.start_auxiliary(config)
     program = "tests/swarm/trainer_that_blows_up.py"
     trainers = [swarm.start_trainer(name, address, program=program) for name in ("one", "two")]
-    for trainer in trainers:
-        wait_until(lambda trainer=trainer: GONE_BACK.search(trainer.output()) is not None, 200, trainer.output)
+    wait_until(lambda: all(GONE_BACK.search(trainer.output()) for trainer in trainers), 300, auxiliary.output)
     before = len(saved_steps(auxiliary))
     wait_until(lambda: len(saved_steps(auxiliary)) > before, 60, auxiliary.output)
     for trainer in trainers:
