@@ -331,10 +331,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.grad_averager.round_number = self.local_epoch + 1
         if self.auxiliary:
             self.tracker.report_presence(self.local_epoch)
-        if self.tracker.global_progress.num_peers > 1 and not self._is_averaging:  # a lone peer need not look
+        if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
             self.grad_averager.call_seconds = self.tracker.call_seconds
             self.grad_averager.wish = self._wish()
-            super()._maybe_schedule_gradient_averaging()
+            if not self._is_averaging:
+                super()._maybe_schedule_gradient_averaging()
 
     @property
     def _is_averaging(self) -> bool:

@@ -559,6 +559,18 @@ def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_on
     assert state.allow_state_sharing and optimizer.has_state
 
 
+def test_a_peer_says_how_its_loss_is_now_although_the_round_before_still_goes_on() -> None:
+    """It does not look for the next group yet, but that may be all the time that it has before it joins it."""
+    averager = SimpleNamespace(schedule_step=Calls(), wish=None)
+    unfinished = SimpleNamespace(done=lambda: False)
+    tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=2), call_seconds=0.5)
+    optimizer = bare(SwarmOptimizer, grad_averager=averager, tracker=tracker, delay_grad_averaging=True)
+    optimizer.state_averager = SimpleNamespace(local_epoch=23, pending_updates=[unfinished])
+    optimizer._wish = lambda: 12
+    optimizer._maybe_schedule_gradient_averaging()
+    assert averager.wish == 12 and averager.schedule_step.number == 0
+
+
 @pytest.mark.parametrize("loaded", [True, False])
 def test_who_was_left_behind_does_not_go_back_once_more_from_the_state_of_those_who_have(monkeypatch, loaded) -> None:
     """With delayed averaging, what a round has agreed on is done when the next one begins."""
