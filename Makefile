@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test fast lint bench clean
+.PHONY: setup demo test fast swarm lint bench clean
 
 setup: $(READY)
 
@@ -27,6 +27,9 @@ test: setup
 
 fast: setup
 	@$(RUN) -m pytest -m "not swarm"
+
+swarm: setup
+	@$(RUN) -m pytest -m swarm
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -337,10 +337,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.grad_averager.round_number = self.local_epoch + 1
         if self.auxiliary:
             self.tracker.report_presence(self.local_epoch)
-        if self.tracker.global_progress.num_peers > 1 and not self._is_averaging:  # a lone peer need not look
+        if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
             self.grad_averager.call_seconds = self.tracker.call_seconds
             self.grad_averager.wish = self._wish()
-            super()._maybe_schedule_gradient_averaging()
+            if not self._is_averaging:
+                super()._maybe_schedule_gradient_averaging()
 
     @property
     def _is_averaging(self) -> bool:
@@ -633,8 +634,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         behind = self.tracker.global_epoch > self.local_epoch
         self._failed_loads = self._failed_loads + 1 if behind and not loaded else 0
         self.spikes.took_over()
-        if loaded:
-            self.went_back_to = None
+        if loaded:  # with delayed averaging the donor has gone back already, if a round has agreed on it
+            self.went_back_to = self._agreed_step = None
         self.share_state_memory()
         give_back_freed_memory()
         return bool(loaded)

@@ -1,11 +1,15 @@
 """What the tests of several folders share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tasks.mlm.corpus import embedded_documents
 from tokenizer.train import train_tokenizer
+
+torch.set_num_threads(1)  # models are tiny: with more, threads would mostly wait for each other, at full speed
 
 # Some sentences in scripts beyond Latin, with conjuncts, nukta, joiners, vowel marks.
 BENGALI = [
@@ -19,6 +23,22 @@ ARABIC = [
     "هَلْ قَرَأْتَ الكِتابَ الجَديدَ؟ نعم، قرأته أمس.",
     "این کتاب را می‌خوانم و نامه‌ها را می‌نویسم.",
 ]
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for all tests, with the embedded text, which takes seconds to read, and what they add to it."""
+    folder = tmp_path_factory.mktemp("cache")
+    embedded_documents(folder)
+    return folder
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, shared_cache: Path) -> Path:
+    """A cache folder for one test, with nothing but the embedded text in it."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(shared_cache / "embedded_corpus.json", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

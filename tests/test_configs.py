@@ -56,12 +56,12 @@ def test_every_model_is_made_by_a_config_or_is_a_size_of_one():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_run_of_it_can_be_prepared(path, tmp_path, tokenizer_folder):
+def test_a_run_of_it_can_be_prepared(path, tmp_path, shared_cache, tokenizer_folder):
     """With a single layer, a small tokenizer and text that needs no network."""
     given = read_config(path)
     model = read_model_config(ROOT / given["model_config"]) | {"num_hidden_layers": 1}
     (tmp_path / "model.json").write_text(json.dumps(model))
     small = {"model_config": str(tmp_path / "model.json"), "tokenizer": str(tokenizer_folder)}
     settings = agreed_settings(given | small | {"sources": [{"embedded": True}], "shuffle_buffer": 10})
-    files = MaskedLM.prepare(settings, tmp_path)
+    files = MaskedLM.prepare(settings, shared_cache)
     assert json.loads(files["config.json"])["pad_token_id"] == 0

@@ -1,5 +1,6 @@
 """What the docs tell people to type works: every command in them is checked against the programs themselves."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -38,6 +39,14 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+@functools.cache
+def help_of(module: str) -> str:
+    command = [sys.executable, "-m", module, "--help"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
 def test_the_docs_hold_commands() -> None:
     assert len(commands()) > 12
 
@@ -57,12 +66,9 @@ def test_a_command_of_the_docs_is_understood(page: str, command: str) -> None:
         for cls in classes:
             pick(cls, {"run_id": "example"} | given)
     elif words[:2] == ["python", "-m"]:
-        answer = subprocess.run(
-            [sys.executable, "-m", words[2], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert answer.returncode == 0, answer.stderr
+        understood = help_of(words[2])
         for flag in (word for word in words[3:] if word.startswith("--")):
-            assert flag in answer.stdout, f"{page}: {words[2]} has no {flag}"
+            assert flag in understood, f"{page}: {words[2]} has no {flag}"
     else:
         assert words[:3] == ["hf", "auth", "login"], f"{page}: nothing here knows how to check {command!r}"
 

@@ -269,6 +269,8 @@ def train_from_options(options: argparse.Namespace) -> None:
     }
     run |= {key: value for key, value in given.items() if value is not None}
     seed = run.get("seed", 0)
+    clean = make_cleaner(run.get("cleaning", DEFAULT_RULES))
+    make_normalizer(run.get("normalizer", "nfkc"), lowercase=True)  # a wrong name is said before any text is read
     with tempfile.TemporaryDirectory() as cache_dir:
         stream = documents(
             [Source.from_mapping(source) for source in run["sources"]],
@@ -280,7 +282,7 @@ def train_from_options(options: argparse.Namespace) -> None:
             endless=False,
         )
         train_tokenizer(
-            map(make_cleaner(run.get("cleaning", DEFAULT_RULES)), stream),
+            map(clean, stream),
             options.output,
             vocab_size=run.get("vocab_size", 30_000),
             normalizer=run.get("normalizer", "nfkc"),

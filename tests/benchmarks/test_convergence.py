@@ -23,11 +23,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder, cache_dir = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("cache")
-    for name, content in MaskedLM.prepare(settings_of(0, folder), cache_dir).items():
+def folders(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    for name, content in MaskedLM.prepare(settings_of(0, folder), shared_cache).items():
         (folder / name).write_bytes(content)
-    return folder, cache_dir
+    return folder, shared_cache
 
 
 @pytest.fixture

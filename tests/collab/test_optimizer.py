@@ -582,6 +582,32 @@ def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_on
     assert state.allow_state_sharing and optimizer.has_state
 
 
+def test_a_peer_says_how_its_loss_is_now_although_the_round_before_still_goes_on() -> None:
+    """It does not look for the next group yet, but that may be all the time that it has before it joins it."""
+    averager = SimpleNamespace(schedule_step=Calls(), wish=None)
+    unfinished = SimpleNamespace(done=lambda: False)
+    tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=2), call_seconds=0.5)
+    optimizer = bare(SwarmOptimizer, grad_averager=averager, tracker=tracker, delay_grad_averaging=True)
+    optimizer.state_averager = SimpleNamespace(local_epoch=23, pending_updates=[unfinished])
+    optimizer._wish = lambda: 12
+    optimizer._maybe_schedule_gradient_averaging()
+    assert averager.wish == 12 and averager.schedule_step.number == 0
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_who_was_left_behind_does_not_go_back_once_more_from_the_state_of_those_who_have(monkeypatch, loaded) -> None:
+    """With delayed averaging, what a round has agreed on is done when the next one begins."""
+    monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
+    state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(loaded), local_epoch=27)
+    state.optimizer = SimpleNamespace(state={})
+    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=27, report_local_progress=Calls())
+    optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, client_mode=True)
+    optimizer.grad_averager, optimizer._look_who_is_there = SimpleNamespace(reset_accumulated_grads_=Calls()), Calls()
+    optimizer._agreed_step, optimizer._must_reload, optimizer.has_state = 12, False, True
+    optimizer.load_state_from_peers()
+    assert optimizer._agreed_step == (None if loaded else 12)
+
+
 def test_nobodys_gradients_are_downloaded_with_the_state() -> None:
     """A newcomer has no use for them. Stock hivemind fetches as many bytes again."""
     for cls, downloads in ((hivemind.Optimizer, 1), (SwarmOptimizer, 0)):

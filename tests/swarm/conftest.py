@@ -21,6 +21,7 @@ class Swarm:
         self.folder, self.cache_dir = folder, cache_dir
         self.programs: list[Program] = []
         self.environment: dict[str, str] = {}
+        self.cold = False
 
     def configure(self, **settings: Any) -> Path:
         """A run small enough for a test: a global step every three seconds or so with two trainers."""
@@ -54,7 +55,7 @@ class Swarm:
 
     def start(self, name: str, program: str, *arguments: str) -> Program:
         command = [program, *LOOPBACK, "--cache_dir", str(self.cache_dir), *arguments]
-        started = Program(name, command, self.folder / f"{name}.log", self.environment)
+        started = Program(name, command, self.folder / f"{name}.log", self.environment, cold=self.cold)
         self.programs.append(started)
         return started
 
@@ -85,9 +86,3 @@ def swarm(tmp_path: Path, shared_cache: Path) -> Iterator[Swarm]:
     swarm = Swarm(tmp_path, shared_cache)
     yield swarm
     swarm.end()
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared text and tokenizers, made once for all tests."""
-    return tmp_path_factory.mktemp("cache")

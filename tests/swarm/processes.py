@@ -10,12 +10,18 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.swarm.warm import OWN_ENVIRONMENT, ROOT, WarmProcess
+
 LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
 
 
 class Program:
-    """One running program with its log file; `prefix` is what to start it with, such as `ip netns exec NAME`."""
+    """One running program with its log file.
+
+    :param environment: added to the test's; libraries read it while they are imported.
+    :param prefix: what to start it with, such as `ip netns exec NAME`.
+    :param cold: in an interpreter of its own, as people start it; with an environment or a prefix it is in any case.
+    """
 
     def __init__(
         self,
@@ -24,17 +30,21 @@ class Program:
         log: Path,
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        cold: bool = False,
     ) -> None:
         self.name, self.log = name, log
         self._file = log.open("wb")
-        own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, *command],
-            stdout=self._file,
-            stderr=self._file,
-            cwd=ROOT,
-            env=os.environ | own | dict(environment or {}),
-        )
+        self.process: subprocess.Popen[bytes] | WarmProcess
+        if cold or environment or prefix:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, *command],
+                stdout=self._file,
+                stderr=self._file,
+                cwd=ROOT,
+                env=os.environ | OWN_ENVIRONMENT | dict(environment or {}),
+            )
+        else:
+            self.process = WarmProcess(command, log)
         self.family: dict[int, psutil.Process] = {}
 
     def output(self) -> str:

@@ -1,6 +1,7 @@
 """`make demo`: the first thing that a person tries."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,12 @@ print(json.dumps({"nats": nats / total, "accuracy": hits / total, "total": total
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a demo that has ended."""
+def demo(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    """The run folder of a demo that has ended; two thirds of its steps show what there is to see."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    cache = tmp_path_factory.mktemp("cache")
     command = ["scripts/local_swarm.py", "--run_folder", str(folder), "--keep_weights", "--"]
-    program = Program("demo", [*command, "--cache_dir", str(cache)], folder.parent / "demo.log")
+    command += ["--cache_dir", str(shared_cache), "--max_global_steps", "32"]
+    program = Program("demo", command, folder.parent / "demo.log", cold=True)
     try:
         program.wait_for_output("Others join with", timeout=120)
         program.wait_for_output("step    3/", timeout=120)
@@ -76,11 +77,13 @@ def test_both_trainers_end_with_the_same_weights(demo: Path) -> None:
     assert any(not torch.equal(tensor, torch.zeros_like(tensor)) for tensor in one.values())
 
 
-def test_the_checkpoint_opens_with_plain_transformers_and_beats_chance(demo: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_opens_with_plain_transformers_and_beats_chance(
+    demo: Path, shared_cache: Path, tmp_path: Path
+) -> None:
     from tasks.mlm.sources import Source, documents
 
     embedded = [Source.from_mapping({"embedded": True})]
-    heldout = documents(embedded, seed=0, place="", part="heldout", cache_dir=tmp_path, shuffle_buffer=1)
+    heldout = documents(embedded, seed=0, place="", part="heldout", cache_dir=shared_cache, shuffle_buffer=1)
     sentences = [text[:400] for text, _ in zip(heldout, range(20), strict=False)]
     checkpoint = json.loads((demo / "summary.json").read_text())["checkpoint"]
     answer = subprocess.run(
@@ -89,6 +92,7 @@ def test_the_checkpoint_opens_with_plain_transformers_and_beats_chance(demo: Pat
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert answer.returncode == 0, answer.stderr

@@ -27,7 +27,7 @@ class FatPeer:
         if number:
             command += ["--initial_peers", (folder / "address-0").read_text()]
         self.folder, self.number, self.peak, self.least = folder, number, 0, 0
-        self.program = Program(f"peer-{number}", command, folder / f"peer-{number}.log")
+        self.program = Program(f"peer-{number}", command, folder / f"peer-{number}.log", cold=True)
 
     def steps(self) -> int:
         path = self.folder / f"step-{self.number}"

@@ -142,6 +142,7 @@ def test_nan_gradients_reach_nobody_neither_dropped_nor_sent(swarm: Swarm) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_both_programs_leave_when_asked_and_take_their_children_along(swarm: Swarm, number: signal.Signals) -> None:
+    swarm.cold = True
     auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
     trainer = swarm.start_trainer("trainer", address)
     trainer.wait_for_output("step 1/1000")

@@ -3,37 +3,43 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_model
+import torch
+from safetensors.torch import load_file, load_model
 
 from benchmarks.regression_peer import loss_of, make_model
 from collab.agreement import distance
+from tests.swarm.conftest import Swarm
 from tests.swarm.processes import Program, assert_no_survivors, wait_until
+from tests.swarm.trainer_that_blows_up import RUINED_AT as TRAINERS_RUINED_AT
 
 pytestmark = pytest.mark.swarm
 
 SETTINGS = {"target_batch_size": 600, "rollback_after": 3, "snapshot_every": 6, "average_state_every": 4}
 RUINED_AT, LAST_STEP = 20, 32
+GONE_BACK = re.compile("goes back to the weights of step|has gone back to global step")
 
 
-def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> None:
+def run_peers(folder: Path, **more: Any) -> list[Program]:
+    """Three peers whose weights are ruined, which have ended. The third keeps no snapshots, as a newcomer."""
     programs: list[Program] = []
 
     def start(snapshots: str) -> None:
         number = len(programs)
         environment = {"BLOW_UP_AT": str(RUINED_AT), "SNAPSHOTS": snapshots}
-        initial_peers = [(tmp_path / "address-0").read_text()] if number else []
-        command = ["tests/swarm/peer_that_blows_up.py", str(tmp_path), "--number", str(number), "--steps"]
-        command += [str(LAST_STEP), "--settings", json.dumps(SETTINGS), "--initial_peers", *initial_peers]
-        programs.append(Program(f"peer-{number}", command, tmp_path / f"peer-{number}.log", environment))
-        wait_until((tmp_path / f"ready-{number}").exists, 60, programs[-1].output)
+        initial_peers = [(folder / "address-0").read_text()] if number else []
+        command = ["tests/swarm/peer_that_blows_up.py", str(folder), "--number", str(number), "--steps"]
+        command += [str(LAST_STEP), "--settings", json.dumps(SETTINGS | more), "--initial_peers", *initial_peers]
+        programs.append(Program(f"peer-{number}", command, folder / f"peer-{number}.log", environment))
+        wait_until((folder / f"ready-{number}").exists, 60, programs[-1].output)
 
     try:
-        start(str(tmp_path / "snapshots"))
-        start(str(tmp_path / "snapshots"))
-        start("")  # keeps nothing, like a newcomer, and takes over the state of one of the others
-        (tmp_path / "go").touch()
+        start(str(folder / "snapshots"))
+        start(str(folder / "snapshots"))
+        start("")
+        (folder / "go").touch()
         assert [program.wait(150) for program in programs] == [0] * 3, [program.output() for program in programs]
     finally:
         for program in programs:
@@ -41,7 +47,18 @@ def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> Non
             program.end()
     for program in programs:
         assert_no_survivors(program)
+    return programs
 
+
+def loss_at_the_end(folder: Path, number: int) -> float:
+    """2.3 untrained, thousands after the jump."""
+    model = make_model()
+    load_model(model, folder / f"weights-{number}.safetensors")
+    return loss_of(model, seed=7, size=1000).item()
+
+
+def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> None:
+    programs = run_peers(tmp_path)
     logs = [json.loads((tmp_path / f"log-{number}.json").read_text()) for number in range(3)]
     # All make the same steps, and the jump ruined all.
     steps = [[report["step"] for report in log["reports"]] for log in logs]
@@ -58,8 +75,58 @@ def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> Non
     assert "goes back" not in programs[2].output()
     for step in range(back_at + 1, LAST_STEP + 1):
         assert distance(second[step], first[step]) < 1e-4 and distance(third[step], first[step]) < 1e-4, step
-    # The loss is low again.
-    model = make_model()
-    load_model(model, tmp_path / "weights-2.safetensors")
-    assert loss_of(model, seed=7, size=1000) < 1.5  # 2.3 untrained, thousands after the jump
+    assert loss_at_the_end(tmp_path, 2) < 1.5
     assert not list((tmp_path / "snapshots").iterdir())
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="On a busy machine, who keeps no snapshot may find the donor's count of global steps one behind its own, "
+    "refuse the state, and spread the ruined weights in the next averaging of parameters",
+)
+def test_peers_that_average_in_the_background_go_back_together_as_well(tmp_path: Path) -> None:
+    """They do it when they begin the next round; who is late takes over the state of those who have done it."""
+    programs = run_peers(tmp_path, delay_optimizer_step=True, delay_grad_averaging=True, delay_state_averaging=True)
+    told = "".join(program.output() for program in programs)
+    assert "goes back to the weights of step" in told, told
+    assert len(set(re.findall(r"(?:the weights of|gone back to global) step (\d+)", told))) == 1, told
+    losses = [loss_at_the_end(tmp_path, number) for number in range(3)]
+    assert max(losses) < 1.5, losses
+    assert not list((tmp_path / "snapshots").iterdir())
+
+
+def test_an_auxiliary_peer_hands_out_and_keeps_the_weights_that_the_swarm_went_back_to(swarm: Swarm) -> None:
+    config = swarm.configure(
+        max_global_steps=1000, target_batch_size=1024, save_every=3, rollback_after=3, snapshot_every=4
+    )
+    auxiliary, address = swarm.start_auxiliary(config)
+    program = "tests/swarm/trainer_that_blows_up.py"
+    trainers = [swarm.start_trainer(name, address, program=program) for name in ("one", "two")]
+    wait_until(lambda: all(GONE_BACK.search(trainer.output()) for trainer in trainers), 300, auxiliary.output)
+    before = len(saved_steps(auxiliary))
+    wait_until(lambda: len(saved_steps(auxiliary)) > before, 60, auxiliary.output)
+    for trainer in trainers:
+        trainer.interrupt()
+        assert trainer.wait() == 0, trainer.output()
+
+    newcomer = swarm.start_trainer("newcomer", address, "--save_dir", str(swarm.folder / "newcomer"))
+    newcomer.wait_for_output("Starting from global step")
+    newcomer.interrupt()  # long before it could make a global step
+    assert newcomer.wait() == 0, newcomer.output()
+    *_, ruined, step = saved_steps(auxiliary)
+    assert f"Starting from global step {step}\n" in newcomer.output(), newcomer.output()
+    kept, got = (
+        load_file(swarm.folder / folder / "model.safetensors")
+        for folder in (f"run/checkpoints/step-{step:07d}", "newcomer")
+    )
+    assert kept.keys() == got.keys() and all(torch.equal(kept[name], got[name]) for name in kept)
+    assert largest(kept) < 2, "weights are 1 at most before they are ruined, and 3 in the mean afterwards"
+    assert ruined > TRAINERS_RUINED_AT, "the auxiliary peer had the ruined ones before"
+
+
+def largest(weights: dict[str, torch.Tensor]) -> float:
+    return max(tensor.abs().max().item() for tensor in weights.values())
+
+
+def saved_steps(auxiliary: Program) -> list[int]:
+    return [int(step) for step in re.findall(r"Saved the state of global step (\d+)", auxiliary.output())]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.swarm
 
 def test_a_peer_whose_model_strays_takes_over_that_of_the_others(swarm: Swarm) -> None:
     # Without averaging of parameters, which would spread the fault to all.
-    config = swarm.configure(max_global_steps=24, target_batch_size=3072, average_state_every=1000)
+    config = swarm.configure(max_global_steps=16, target_batch_size=3072, average_state_every=1000)
     auxiliary, address = swarm.start_auxiliary(config)
     # It comes first: who takes over a state waits for the averaging of parameters before it compares.
     odd = swarm.start_trainer("odd", address, program="tests/swarm/trainer_that_strays.py")

@@ -146,11 +146,6 @@ def settings_of(tmp_path: Path, model_type: str, **changes: Any) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def roberta_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """One whose special ids are not those of our own: padding last, and another word for the mask."""
     folder = tmp_path_factory.mktemp("tokenizer") / "other"

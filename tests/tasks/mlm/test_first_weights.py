@@ -90,11 +90,11 @@ def plain_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.
 
 
 @pytest.mark.parametrize("kind, config", [(AlbertForPreTraining, ALBERT), (RobertaForMaskedLM, ROBERTA)])
-def test_the_first_loss_is_that_of_the_model_that_a_run_starts_from(tmp_path, publish, kind, config):
+def test_the_first_loss_is_that_of_the_model_that_a_run_starts_from(tmp_path, cache_dir, publish, kind, config):
     model = trained(kind, config)
     settings = settings_for(publish(model), model_config="configs/nothing.json")
-    folder = unpack(settings, tmp_path / "run", tmp_path / "cache")
-    task = MaskedLM(settings, folder, tmp_path / "cache")
+    folder = unpack(settings, tmp_path / "run", cache_dir)
+    task = MaskedLM(settings, folder, cache_dir)
     assert task.first_weights == "here"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 400_000  # newcomers download all of it
     batches = task.batches(lambda: 4, "here", step=lambda: 0)
@@ -108,11 +108,12 @@ def test_the_first_loss_is_that_of_the_model_that_a_run_starts_from(tmp_path, pu
     assert task.card_metadata()["base_model"] is None, "a folder has no page on the Hub"
 
 
-def test_who_lacks_the_weights_knows_it_and_who_has_them_begins_with_equal_ones(tmp_path, publish):
+def test_who_lacks_the_weights_knows_it_and_who_has_them_begins_with_equal_ones(tmp_path, cache_dir, publish):
     settings = settings_for(publish(trained(AlbertForMaskedLM, ALBERT)))
-    folder = unpack(settings, tmp_path / "run", tmp_path / "cache")
+    shutil.copytree(cache_dir, tmp_path / "c2")
+    folder = unpack(settings, tmp_path / "run", cache_dir)
     assert MaskedLM(settings, folder, tmp_path / "another cache").first_weights == "elsewhere"
-    one, two = (MaskedLM(settings, folder, tmp_path / "cache").model.state_dict() for _ in range(2))
+    one, two = (MaskedLM(settings, folder, cache_dir).model.state_dict() for _ in range(2))
     again = MaskedLM(settings, unpack(settings, tmp_path / "again", tmp_path / "c2"), tmp_path / "c2")
     assert (tmp_path / "again" / "first_weights.json").read_bytes() == (folder / "first_weights.json").read_bytes()
     for state in (two, again.model.state_dict()):
@@ -120,24 +121,24 @@ def test_who_lacks_the_weights_knows_it_and_who_has_them_begins_with_equal_ones(
     assert MaskedLM(agreed_settings({"run_id": "a", "seed": 5}), folder, tmp_path).first_weights == "elsewhere"
 
 
-def test_a_head_that_the_model_lacks_comes_from_the_seed_and_is_said(tmp_path, publish, caplog):
+def test_a_head_that_the_model_lacks_comes_from_the_seed_and_is_said(tmp_path, cache_dir, publish, caplog):
     caplog.set_level(logging.INFO)
     source = publish(trained(AlbertForMaskedLM, ALBERT))
     heads: list[torch.Tensor] = []
     for seed in (1, 1, 2):
         settings = settings_for(source, seed=seed)
-        folder = unpack(settings, tmp_path / "run", tmp_path / "cache")
-        task: Any = MaskedLM(settings, folder, tmp_path / "cache")
+        folder = unpack(settings, tmp_path / "run", cache_dir)
+        task: Any = MaskedLM(settings, folder, cache_dir)
         heads.append(task.model.sop_classifier.classifier.weight)
         assert "albert.pooler, sop_classifier.classifier new" in task.description()["Started from"]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert "has no albert.pooler, sop_classifier.classifier: new weights from the run's seed" in caplog.text
 
 
-def test_half_precision_becomes_float32_and_the_encoder_alone_is_enough(tmp_path, publish):
+def test_half_precision_becomes_float32_and_the_encoder_alone_is_enough(tmp_path, cache_dir, publish):
     model = trained(RobertaModel, ROBERTA)
     settings = settings_for(publish(model, torch.bfloat16))
-    task: Any = MaskedLM(settings, unpack(settings, tmp_path / "run", tmp_path / "cache"), tmp_path / "cache")
+    task: Any = MaskedLM(settings, unpack(settings, tmp_path / "run", cache_dir), cache_dir)
     assert {param.dtype for param in task.model.parameters()} == {torch.float32}
     assert "lm_head" in task.description()["Started from"]
     expected = model.get_input_embeddings().weight.bfloat16().float()
@@ -153,22 +154,22 @@ def refusal(settings: dict[str, Any], cache_dir: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_model_or_none_that_is_trained_here_is_refused(tmp_path, publish):
-    cache = tmp_path / "cache"
-    assert "config.json is missing" in refusal(settings_for(tmp_path / "nowhere"), cache)
-    message = refusal(settings_for(publish(GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=8, n_head=2)))), cache)
+def test_what_is_no_model_or_none_that_is_trained_here_is_refused(tmp_path, cache_dir, publish):
+    assert "config.json is missing" in refusal(settings_for(tmp_path / "nowhere"), cache_dir)
+    source = publish(GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=8, n_head=2)))
+    message = refusal(settings_for(source), cache_dir)
     assert "is a model of type gpt2, which is not trained" in message and "albert, bert" in message
 
 
-def test_a_pickle_is_not_opened(tmp_path, publish):
+def test_a_pickle_is_not_opened(tmp_path, cache_dir, publish):
     source = publish(trained(AlbertForMaskedLM, ALBERT))
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    message = refusal(settings_for(source), tmp_path / "cache")
+    message = refusal(settings_for(source), cache_dir)
     assert "has no model.safetensors" in message and "can run any program" in message
 
 
 @pytest.mark.parametrize("damage", ["bytes", "another size", "another depth", "a part"])
-def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, publish, damage):
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, cache_dir, publish, damage):
     source = publish(trained(RobertaForMaskedLM, ROBERTA))
     config = json.loads((source / "config.json").read_text())
     if damage == "bytes":
@@ -181,26 +182,26 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, publish, damag
         index = {"metadata": {}, "weight_map": {"lm_head.bias": "model-00001-of-00002.safetensors"}}
         (source / "model.safetensors").rename(source / "model-00002-of-00002.safetensors")
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = refusal(settings_for(source), tmp_path / "cache")
+    message = refusal(settings_for(source), cache_dir)
     assert ("lacks 16 of its own weights" if damage == "another depth" else "cannot be read") in message
 
 
 @pytest.mark.parametrize("whose", ["its own", "another"])
-def test_a_tokenizer_of_another_size_than_the_weights_is_refused(tmp_path, publish, tokenizer_folder, whose):
+def test_a_tokenizer_of_another_size_than_the_weights_is_refused(tmp_path, cache_dir, publish, tokenizer_folder, whose):
     bigger = tmp_path / "bigger"
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(["wholly", "unseen"])
     source = publish(trained(AlbertForMaskedLM, ALBERT))
     tokenizer.save_pretrained(source if whose == "its own" else bigger)
     settings = settings_for(source, **({"tokenizer": str(bigger)} if whose == "another" else {}))
-    message = refusal(settings, tmp_path / "cache")
+    message = refusal(settings, cache_dir)
     assert "a vocabulary of 2,048 entries" in message and "2,050" in message
     assert ("Leave `tokenizer` out" in message) == (whose == "another")
 
 
-def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path, publish):
+def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path, cache_dir, publish):
     source = publish(trained(RobertaForMaskedLM, ROBERTA))
-    message = refusal(settings_for(source, seq_length=72), tmp_path / "cache")
+    message = refusal(settings_for(source, seq_length=72), cache_dir)
     assert f"the model in {source} has 70 positions" in message
 
 
@@ -218,8 +219,8 @@ except UserError as error:
 """
 
 
-def test_a_model_on_the_hub_is_downloaded_at_its_revision_without_what_is_not_needed(tmp_path, publish):
-    model, cache_dir, folder = trained(AlbertForPreTraining, ALBERT), tmp_path / "cache", tmp_path / "run"
+def test_a_model_on_the_hub_is_downloaded_at_its_revision_without_what_is_not_needed(tmp_path, cache_dir, publish):
+    model, folder = trained(AlbertForPreTraining, ALBERT), tmp_path / "run"
     files = {path.name: path.read_bytes() for path in publish(model).iterdir()}
     not_needed = {"pytorch_model.bin": b"a pickle", "optimizer.safetensors": b"large", "tf_model.h5": b"large"}
     folder.mkdir()
@@ -257,6 +258,6 @@ def test_the_option_is_called_from_on_the_command_line():
     assert pick(Arguments, given).start_from == "hub:org/name@v2"
 
 
-def test_a_volunteers_model_config_counts_for_nothing_in_such_a_run(tmp_path, publish):
-    folder = unpack(settings_for(publish(trained(AlbertForMaskedLM, ALBERT))), tmp_path / "run", tmp_path / "cache")
+def test_a_volunteers_model_config_counts_for_nothing_in_such_a_run(tmp_path, cache_dir, publish):
+    folder = unpack(settings_for(publish(trained(AlbertForMaskedLM, ALBERT))), tmp_path / "run", cache_dir)
     MaskedLM.refuse_other_files({"model_config": "tasks/mlm/models/demo.json"}, folder)
