@@ -258,6 +258,7 @@ def main() -> None:
                 duties=[duty.health for duty in duties],
                 events=events.recent,
                 seconds_to_next_step=None if finished else to_next_step(optimizer),
+                swarm=monitor.view().as_numbers(),
             )
 
         def show(finished: bool = False) -> None:

@@ -109,7 +109,7 @@ def record_of(number: int, peer_id: str) -> PeerRecord:
         peers_met=PEERS, peers_expected=PEERS, applied=True, parts=1.0, bytes_sent=10**6, bytes_received=10**6,
         matchmaking_seconds=1.0, allreduce_seconds=2.0, grad_norm=1.0, sketch=[1.0] * 16, skipped_batches=0,
         data_wait=0.01, compute_share=0.9, averaging_wait=0.05, memory=2**31, client_mode=number % 3 == 0,
-        time=get_dht_time(),
+        time=get_dht_time(), device="cpu, 2 threads", tokens=700, round_samples=4000.0, reported=get_dht_time(),
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from collab.page import Round, _thinned, _ticks
+from collab.page import _thinned, _ticks
+from collab.view import LossAt
 
 WIDTH, HEIGHT = 1440, 540  # shown at half that size and less, so that it is sharp on phones as well
 FINER = 2  # drawn so many times larger, because Pillow's lines have no smooth edges
@@ -14,12 +15,12 @@ FINER = 2  # drawn so many times larger, because Pillow's lines have no smooth e
 LINE, INK, RULE, AXIS = (46, 134, 193, 255), (125, 121, 113, 255), (128, 128, 128, 60), (128, 128, 128, 150)
 
 
-def curve_png(history: Sequence[Round]) -> bytes | None:
+def curve_png(history: Sequence[LossAt]) -> bytes | None:
     """The loss over the global steps as a PNG file that can be read in light and dark; None if there is no loss yet.
 
     :param history: rounds in the order of their steps; those without a finite loss are left out.
     """
-    points = _thinned([(r.step, r.loss) for r in history if r.loss is not None and math.isfinite(r.loss)])
+    points = [(p.step, p.loss) for p in _thinned(history) if p.loss is not None and math.isfinite(p.loss)]
     if not points:
         return None
     image = Image.new("RGBA", (WIDTH * FINER, HEIGHT * FINER), (*LINE[:3], 0))

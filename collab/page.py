@@ -151,11 +151,15 @@ def _figures(run: RunView) -> str:
         ("Samples per second", f"{last.samples_per_second:,.0f}" if last else "–"),
         ("Samples in all", _short(run.samples)),
         ("Peers now", f"{len(run.peers):,}"),
+        ("Tokens in all", _short(run.swarm.get("tokens"))),
+        ("Steps an hour", _short(run.swarm.get("steps_per_hour"))),
+        ("Rounds that were full", _percent(run.swarm.get("full_rounds"))),
+        ("Time spent computing", _percent(run.swarm.get("utilisation"))),
         ("Met in the last round", f"{last.peers_met:,} of {last.peers_expected:,}" if last else "–"),
         ("Next step in", "–" if wait is None or run.finished else _duration(wait)),
     ]
     cells = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in rows)
-    return f'<dl class="figures" id="live-figures" data-live aria-label="The run in six numbers">{cells}</dl>\n'
+    return f'<dl class="figures" id="live-figures" data-live aria-label="The run in numbers">{cells}</dl>\n'
 
 
 def _curve(run: RunView) -> str:
@@ -336,8 +340,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-def _short(count: int) -> str:
+def _percent(share: float | None) -> str:
+    return "–" if share is None or not math.isfinite(share) else f"{share:.0%}"
+
+
+def _short(number: float | None) -> str:
     """With three digits that count: 950, 12.3 k, 1.20 M."""
+    if number is None or not math.isfinite(number):
+        return "–"
+    count = round(number)
     for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**4, "k")):
         if count >= size:
             value = count / min(size, 1000 if unit == "k" else size)

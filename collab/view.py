@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,16 @@ JSON_VERSION = 1
 STATUS = "status.json"  # in the run's folder
 STATUS_PROTOCOL = "samiti/status/1"  # under this name an auxiliary peer serves that file
 SLOW = 0.25  # of the median peer's speed
+
+OF_SWARM = {
+    "tokens": ("tokens_total", "counter", "Real tokens in those samples."),
+    "tokens_per_second": ("tokens_per_second", "gauge", "Of all peers together, waiting included."),
+    "steps_per_hour": ("steps_per_hour", "gauge", "Global steps, over the recent ones."),
+    "full_rounds": ("full_rounds_ratio", "gauge", "Share of all rounds in which all met that were expected."),
+    "bytes_per_step": ("bytes_per_step", "gauge", "Payload that all peers together sent and received."),
+    "utilisation": ("utilisation_ratio", "gauge", "Compute time of all time, over peers and recent steps."),
+    "peers_auxiliary": ("auxiliary_peers", "gauge", "Live auxiliary peers."),
+}  # in `RunView.swarm`: name, kind and help for Prometheus
 
 Verdict = Literal["full", "partial", "alone"]
 
@@ -114,6 +124,7 @@ class RunView:
     :param contributors: (public name, samples), the largest first.
     :param duties: how each duty of the auxiliary peer is doing.
     :param events: the newest first.
+    :param swarm: further figures of the whole swarm by name, see `monitor.SwarmView`; NaN if they are not known.
     """
 
     run_id: str
@@ -135,6 +146,7 @@ class RunView:
     contributors: Sequence[tuple[str, int]] = ()
     duties: Sequence[Health] = ()
     events: Sequence[Event] = ()
+    swarm: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -241,6 +253,7 @@ def as_prometheus(run: RunView) -> str:
          [({"duty": duty.name}, duty.silent_seconds) for duty in run.duties]),
         ("updated_timestamp_seconds", "gauge", "When these figures were taken.", [({}, run.updated)]),
     ]  # fmt: skip
+    families += [(name, kind, text, [({}, run.swarm.get(key))]) for key, (name, kind, text) in OF_SWARM.items()]
     lines = []
     for name, kind, help_text, samples in families:
         lines += [f"# HELP samiti_{name} {help_text}", f"# TYPE samiti_{name} {kind}"]
@@ -267,6 +280,7 @@ def _public(run: RunView) -> RunView:
         contributors=[(public_name(name), samples) for name, samples in run.contributors[:SHOWN_CONTRIBUTORS]],
         duties=[replace(d, name=public_line(d.name), last_error=public_line(d.last_error)) for d in run.duties],
         events=[replace(event, text=public_line(event.text)) for event in run.events],
+        swarm={name: run.swarm.get(name) for name in OF_SWARM},
     )
 
 
