@@ -540,7 +540,8 @@ def test_taking_over_a_state_that_cannot_be_had_comes_to_an_end(monkeypatch, cls
 
 
 def test_who_gets_a_state_from_nobody_waits_longer_each_time(monkeypatch) -> None:
-    download, pauses = Calls(False), []
+    pauses: list[float] = []
+    download = Calls(False)
     state = SimpleNamespace(
         step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, state_sharing_priority=0
     )
