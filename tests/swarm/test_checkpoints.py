@@ -28,7 +28,7 @@ def test_a_state_that_most_peers_do_not_have_is_not_saved(swarm: Swarm) -> None:
     auxiliary, address = swarm.start_auxiliary(config)
     healthy = [swarm.start_trainer(name, address, "--save_dir", str(swarm.folder / name)) for name in ("one", "two")]
     for trainer in healthy:
-        trainer.wait_for_output("Starting from global step", timeout=120)
+        trainer.wait_for_output("Starting from global step", timeout=180)
     liar = swarm.start_trainer("liar", address, program="tests/swarm/trainer_that_hands_out_another_state.py")
     assert [program.wait(240) for program in (*healthy, liar, auxiliary)] == [0] * 4, auxiliary.output()
     assert re.search(r"The state of peer \w+ is not saved: its weights differ by", auxiliary.output())
@@ -48,7 +48,7 @@ def test_the_state_outlives_everybody_also_when_the_auxiliary_peer_is_killed(swa
     config = swarm.configure(max_global_steps=50, save_every=2)
     auxiliary, address = swarm.start_auxiliary(config)
     first = swarm.start_trainer("first", address)
-    auxiliary.wait_for_output("Saved the state of global step", timeout=120, times=2)
+    auxiliary.wait_for_output("Saved the state of global step", timeout=180, times=2)
     auxiliary.end()
     first.end()
     partial = swarm.folder / "run" / "checkpoints" / ".step-0000099.x.partial"
@@ -58,8 +58,8 @@ def test_the_state_outlives_everybody_also_when_the_auxiliary_peer_is_killed(swa
     again.wait_for_output(f"Holds the state of global step {saved}, from")
     assert not partial.exists()
     second = swarm.start_trainer("second", address)
-    second.wait_for_output(f"Starting from global step {saved}\n", timeout=120)
-    second.wait_for_output(f"step {saved + 1}/50", timeout=120)
+    second.wait_for_output(f"Starting from global step {saved}\n", timeout=180)
+    second.wait_for_output(f"step {saved + 1}/50", timeout=180)
     for program in (second, again):
         program.interrupt()
         assert program.wait(60) == 0, program.output()
@@ -80,13 +80,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_saving_and_nothing_else(small_disk: Path, swarm: Swarm) -> None:
     auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000, save_every=2))
     trainer = swarm.start_trainer("trainer", address)
-    auxiliary.wait_for_output("No checkpoint can be written: No space left on device", timeout=120)
+    auxiliary.wait_for_output("No checkpoint can be written: No space left on device", timeout=180)
     made = auxiliary.output().count("  step ")
-    auxiliary.wait_for_output("  step ", times=made + 4, timeout=120)  # several attempts later
+    auxiliary.wait_for_output("  step ", times=made + 4, timeout=180)  # several attempts later
     assert auxiliary.output().count("No checkpoint can be written") == 1, auxiliary.output()
     assert list(small_disk.iterdir()) == []
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    auxiliary.wait_for_output("Saved the state of global step", timeout=120)
+    auxiliary.wait_for_output("Saved the state of global step", timeout=180)
     wait_until(lambda: any(small_disk.glob("step-*")), 10, auxiliary.output)
     for program in (trainer, auxiliary):
         program.interrupt()
@@ -98,20 +98,20 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         swarm.environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
         auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=3, repo_id="community/test"))
         trainer = swarm.start_trainer("trainer", address)
-        assert [trainer.wait(120), auxiliary.wait(60)] == [0, 0], auxiliary.output()
+        assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
         folder = swarm.folder / "run" / "checkpoints" / "step-0000003"
         published = trainer_state(folder)
 
         config = swarm.configure(max_global_steps=5)
         auxiliary, address = swarm.start_auxiliary(config, "--from", "community/test@step-3", run_folder="heir")
         trainer = swarm.start_trainer("heir", address)
-        assert [trainer.wait(120), auxiliary.wait(60)] == [0, 0], auxiliary.output()
+        assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
         assert "Starting from global step 3\n" in trainer.output(), trainer.output()
         heir = trainer_state(swarm.folder / "heir" / "checkpoints" / "step-0000005")
         assert heir["samples"] > published["samples"] > 0
 
         # Alone, so that the next step is the same to the last bit wherever the checkpoint came from.
-        records = []
+        config, records = swarm.configure(max_global_steps=5, averaging_timeout=5), []
         for name, source in (("from the Hub", "community/test@step-3"), ("from the folder", str(folder))):
             swarm.environment["RECORDS"] = str(swarm.folder / f"{name}.jsonl")
             own = ("--identity_path", str(swarm.folder / "key"), "--threads", "1", "--precision", "float32")
@@ -119,7 +119,7 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
                 name, "tests/swarm/trainer_with_record.py", "--config", str(config), *own, "--from", source,
                 "--cache_dir", str(swarm.folder / name),
             )  # fmt: skip
-            assert program.wait(120) == 0, program.output()
+            assert program.wait(180) == 0, program.output()
             lines = (swarm.folder / f"{name}.jsonl").read_text().splitlines()
             records.append([{key: json.loads(line)[key] for key in ("step", "loss", "sketch")} for line in lines])
         assert [record["step"] for record in records[0]] == [4, 5]
@@ -128,6 +128,6 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         weights = swarm.start(
             "weights", "run_trainer.py", "--config", str(config), "--from", str(folder), "--from_step_zero", "true"
         )
-        weights.wait_for_output("step 1/5", timeout=120)
+        weights.wait_for_output("step 1/5", timeout=180)
         weights.interrupt()
         assert weights.wait(60) == 0, weights.output()
