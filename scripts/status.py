@@ -90,7 +90,14 @@ class Swarm:
     """A run as a client of its DHT sees it; an auxiliary peer that answers adds what only it knows."""
 
     def __init__(self, peer: Peer, manifest: Manifest) -> None:
-        self._peer, self._manifest, self._monitor = peer, manifest, Monitor()
+        settings = manifest.latest
+        self._peer, self._manifest = peer, manifest
+        self._monitor = Monitor(
+            lifetime=settings["metadata_expiration"],
+            target_batch_size=settings["target_batch_size"],
+            last_step=settings["max_global_steps"],
+            start=None,
+        )
         self._began = time.time()
         self._auxiliaries = list(dict.fromkeys([manifest.organizer, *map(peer_id_in, peer.initial_peers)]))
 
@@ -99,7 +106,7 @@ class Swarm:
         records = read_records(self._peer, self._manifest.settings["run_id"])
         self._monitor.update(records)
         known = self._ask_auxiliary() or self._seen()
-        return replace(known, peers=peer_views(records))
+        return replace(known, peers=peer_views(self._monitor.live))
 
     def _ask_auxiliary(self) -> RunView | None:
         for peer_id in self._auxiliaries:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hivemind.utils import get_dht_time
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,7 +90,8 @@ def test_without_an_auxiliary_peer_the_records_tell(
     client = start_peer(initial_peers=organizer.addresses(), client_mode=True)
     for peer in (organizer, client):
         peer.dht.add_validators(metrics_validators("bengali"))
-    publish_record(organizer, "bengali", record(organizer.peer_id, 7, name="asha"), lifetime=60)
+    now = get_dht_time()
+    publish_record(organizer, "bengali", record(organizer.peer_id, 7, name="asha", time=now, reported=now), lifetime=60)
     swarm = Swarm(client, manifest)
     wait_until(lambda: bool(swarm.look().peers), 30, lambda: "no record came")
 

@@ -9,7 +9,7 @@ import pytest
 
 from collab.background import Health
 from collab.events import Event
-from collab.view import PeerView, Round, RunView, as_json, as_prometheus, from_json, peer_views, time_left
+from collab.view import OF_SWARM, PeerView, Round, RunView, as_json, as_prometheus, from_json, peer_views, time_left
 from tests.collab.test_monitor import record
 
 RUN = RunView(
@@ -27,6 +27,7 @@ RUN = RunView(
     contributors=[("asha", 1204), ("bela", 10)],
     duties=[Health("Keeping checkpoints", 2, "OSError: disk full", 1.5)],
     events=[Event(1500.0, "joined", "bela joined")],
+    swarm=dict.fromkeys(OF_SWARM) | {"tokens": 1e6, "peers_auxiliary": 2.0},
 )
 SAMPLE = re.compile(r'([a-z_]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+)\} (\S+)')
 
@@ -59,6 +60,8 @@ def test_prometheus_reads_the_runs_numbers() -> None:
     assert read["samiti_global_step", ""] == 3 and read["samiti_loss", ""] == 3.0
     assert read["samiti_samples_total", ""] == 12_345
     assert read["samiti_peers", 'role="client"'] == 1
+    assert read["samiti_tokens_total", ""] == 1e6 and read["samiti_auxiliary_peers", ""] == 2
+    assert ("samiti_utilisation_ratio", "") not in read  # not known
     assert read["samiti_recent_rounds", 'verdict="partial"'] == 1
     assert read["samiti_duty_failures_total", 'duty="Keeping checkpoints"'] == 2
 
