@@ -478,6 +478,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     offer their current state."""
     went_back_at = 0
     """The global step at which this peer went back to earlier weights, the latest one."""
+    steps_in_flight = 0
+    """Global steps that a peer has counted, but not made yet: so far a state may lie behind this peer's own count."""
     not_before = 0
     """States are not taken over from peers that have not gone back at this global step or a later one."""
     last_step: float = math.inf
@@ -494,12 +496,15 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         :returns: whether a state was loaded. Upstream does not tell.
         """
         self._loaded = False
+        known, self.local_epoch = self.local_epoch, self.local_epoch - self.steps_in_flight
         # A call that the averager's process makes.
         self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before, self.last_step], {}))
         try:
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
             logger.warning("A state could not be taken over: %s", str(error) or type(error).__name__)
+        if not self._loaded:
+            self.local_epoch = known
         return self._loaded
 
     async def _pass_over(self, donors: frozenset[str], not_before: int, last_step: float) -> None:

@@ -41,6 +41,7 @@ ParamGroups = Sequence[dict[str, Any]]
 
 LOAD_STATE_ATTEMPTS = 3
 LOAD_STATE_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0
+MOST_FAILED_LOADS = 5
 PROGRESS_SECONDS = 0.5
 LEAST_REPORTED = 0.5
 LEAVE_SECONDS = 4.0
@@ -626,13 +627,17 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
                 self.state_averager.allow_state_sharing = False  # until it is checked: `hold_state`
-            elif self.has_state and not self.auxiliary and not self.client_mode:
+            # The weights that the swarm has left would spread from here in the next averaging of parameters.
+            has_ruined = bool(not loaded and self.state_averager.not_before and not self.tracker.is_alone)
+            needs_another = has_ruined and self._failed_loads < MOST_FAILED_LOADS
+            if self.has_state and not self.auxiliary and not self.client_mode and not needs_another:
                 self.state_averager.allow_state_sharing = True
                 self.state_averager.state_sharing_priority = self.local_epoch
-        self._must_reload, self.state_averager.not_before = False, 0
+        if not needs_another:
+            self._must_reload, self.state_averager.not_before = False, 0
         self.states_loaded += bool(loaded)
         behind = self.tracker.global_epoch > self.local_epoch
-        self._failed_loads = self._failed_loads + 1 if behind and not loaded else 0
+        self._failed_loads = self._failed_loads + 1 if (behind or needs_another) and not loaded else 0
         self.spikes.took_over()
         if loaded:  # with delayed averaging the donor has gone back already, if a round has agreed on it
             self.went_back_to = self._agreed_step = None

@@ -33,6 +33,7 @@ from collab.lamb import Lamb
 from collab.link import Link
 from collab.optimizer import (
     CODECS,
+    MOST_FAILED_LOADS,
     OPTIMIZERS,
     SwarmOptimizer,
     Tracker,
@@ -543,7 +544,12 @@ def test_who_gets_a_state_from_nobody_waits_longer_each_time(monkeypatch) -> Non
     download = Calls(False)
     pauses: list[float] = []
     state = SimpleNamespace(
-        step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, state_sharing_priority=0
+        step=Calls(),
+        load_state_from_peers=download,
+        local_epoch=0,
+        allow_state_sharing=False,
+        state_sharing_priority=0,
+        not_before=0,
     )
     state.optimizer = SimpleNamespace(state={})
     tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=5, report_local_progress=Calls())
@@ -562,13 +568,34 @@ def test_who_gets_a_state_from_nobody_waits_longer_each_time(monkeypatch) -> Non
     assert pauses == []
 
 
+def test_weights_that_the_swarm_has_left_are_replaced_or_at_least_not_handed_out(monkeypatch) -> None:
+    monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
+    state = SimpleNamespace(
+        step=Calls(), load_state_from_peers=Calls(False), local_epoch=5, allow_state_sharing=False, not_before=5,
+        state_sharing_priority=0,
+    )  # fmt: skip
+    state.optimizer = SimpleNamespace(state={})
+    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=5, report_local_progress=Calls())
+    tracker.is_alone = False
+    optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0)
+    optimizer._look_who_is_there, optimizer.pause = Calls(), Calls()
+    optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
+    optimizer._must_reload = True
+    for _ in range(MOST_FAILED_LOADS):
+        assert not optimizer.load_state_from_peers()
+        assert optimizer._must_reload and state.not_before == 5 and not state.allow_state_sharing
+    optimizer.load_state_from_peers()  # nobody has the others' weights any more
+    assert not optimizer._must_reload and state.allow_state_sharing
+
+
 @pytest.mark.parametrize("has_state", [True, False])
 def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_one(monkeypatch, has_state) -> None:
     monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
     download = Calls(False)
     state = SimpleNamespace(
-        step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, state_sharing_priority=0
-    )
+        step=Calls(), load_state_from_peers=download, local_epoch=0, allow_state_sharing=False, not_before=0,
+        state_sharing_priority=0,
+    )  # fmt: skip
     state.optimizer = SimpleNamespace(state={})
     tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=0, report_local_progress=Calls())
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, has_state=has_state)
