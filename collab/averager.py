@@ -478,6 +478,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     offer their current state."""
     went_back_at = 0
     """The global step at which this peer went back to earlier weights, the latest one."""
+    local_epoch: int
     steps_in_flight = 0
     """Global steps that a peer has counted, but not made yet: so far a state may lie behind this peer's own count."""
     not_before = 0
@@ -496,7 +497,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         :returns: whether a state was loaded. Upstream does not tell.
         """
         self._loaded = False
-        known, self.local_epoch = self.local_epoch, self.local_epoch - self.steps_in_flight
+        known = self.local_epoch
+        self.local_epoch = known - self.steps_in_flight
         # A call that the averager's process makes.
         self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before, self.last_step], {}))
         try:

@@ -625,7 +625,7 @@ def test_a_peer_says_how_its_loss_is_now_although_the_round_before_still_goes_on
 def test_who_was_left_behind_does_not_go_back_once_more_from_the_state_of_those_who_have(monkeypatch, loaded) -> None:
     """With delayed averaging, what a round has agreed on is done when the next one begins."""
     monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
-    state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(loaded), local_epoch=27)
+    state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(loaded), local_epoch=27, not_before=0)
     state.optimizer = SimpleNamespace(state={})
     tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=27, report_local_progress=Calls())
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, client_mode=True)
