@@ -264,12 +264,15 @@ def main() -> None:
         def show(finished: bool = False) -> None:
             lookback.at_peers(monitor.live)
             lookback.at_duties([duty.health for duty in duties])
+            if publishing is not None and publishing.published is not None:
+                lookback.at_published(publishing.published.step)
             view = see(finished)
             write_text(run_folder / "page.html", render_page(view))
             write_text(run_folder / STATUS, as_json(view))
             if others := lookout.addresses():
                 write_text(run_folder / PEERS, "\n".join(others) + "\n")
 
+        publishing: Publishing | None = None
         duties: list[Background] = [welcome, recorder, presence, keeper, assistant, lookout, changes]
         if mine.page_port:
             fill_mask = FillMask(lambda: keeper.newest)
@@ -301,7 +304,7 @@ def main() -> None:
                 console.live(live_line(monitor, optimizer, settings["max_global_steps"]))
 
             # ---- leave: nothing that was reached is lost
-            if publisher and not publishing.close(timeout=60):
+            if publishing is not None and not publishing.close(timeout=60):
                 console.line("The last checkpoint is not on the Hub yet; it is kept here")
         finally:
             for duty in duties:

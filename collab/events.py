@@ -56,6 +56,7 @@ class Lookback:
         self._names: dict[str, str] = {}
         self._steps: dict[str, int] = {}
         self._failures: dict[str, int] = {}
+        self._published = -1
 
     def at_peers(self, records: Sequence[PeerRecord]) -> None:
         """Who came, who left, who made a step alone, and whose round was not averaged."""
@@ -76,6 +77,12 @@ class Lookback:
             if duty.failures > self._failures.get(duty.name, 0):
                 self.events.add("failed", f"{duty.name} failed, and goes on: {duty.last_error}")
             self._failures[duty.name] = duty.failures
+
+    def at_published(self, step: int) -> None:
+        """Whether a newer step than before is on the Hub."""
+        if step > self._published:
+            self._published = step
+            self.events.add("published", f"Published step {step:,}")
 
     def _tell(self, kind: Kind, names: Sequence[str], what: str, why: str = "") -> None:
         if names:

@@ -149,14 +149,13 @@ def _figures(run: RunView) -> str:
     rows = [
         ("Loss", _number(run.loss)),
         ("Samples per second", f"{last.samples_per_second:,.0f}" if last else "–"),
+        ("Next step in", "–" if wait is None or run.finished else _duration(wait)),
         ("Samples in all", _short(run.samples)),
-        ("Peers now", f"{len(run.peers):,}"),
         ("Tokens in all", _short(run.swarm.get("tokens"))),
         ("Steps an hour", _short(run.swarm.get("steps_per_hour"))),
+        ("Peers now", f"{len(run.peers):,}"),
         ("Rounds that were full", _percent(run.swarm.get("full_rounds"))),
         ("Time spent computing", _percent(run.swarm.get("utilisation"))),
-        ("Met in the last round", f"{last.peers_met:,} of {last.peers_expected:,}" if last else "–"),
-        ("Next step in", "–" if wait is None or run.finished else _duration(wait)),
     ]
     cells = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in rows)
     return f'<dl class="figures" id="live-figures" data-live aria-label="The run in numbers">{cells}</dl>\n'

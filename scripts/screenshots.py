@@ -95,6 +95,13 @@ def made_up_run() -> RunView:
         tracker="trackio show --project bengali-albert-large",
         can_fill_mask=True,
         samples=STEPS * 4096,
+        swarm={
+            "tokens": STEPS * 4096 * 183.0,
+            "steps_per_hour": 3600 / SECONDS,
+            "full_rounds": 0.868,
+            "utilisation": 0.913,
+            "peers_auxiliary": 2.0,
+        },
         seconds_to_next_step=17.0,
         seconds_to_end=(12_500 - STEPS) * SECONDS,
         contributors=given,

@@ -44,3 +44,10 @@ def test_a_duty_that_fails_again_is_told_again() -> None:
     for failures in (0, 1, 1, 2):
         lookback.at_duties([Health("Keeping checkpoints", failures, "OSError: disk full", 1.0)])
     assert told(events) == 2 * [("failed", "Keeping checkpoints failed, and goes on: OSError: disk full")]
+
+
+def test_each_published_step_is_told_once() -> None:
+    lookback = Lookback(events := Events())
+    for step in (0, 100, 100, 200):
+        lookback.at_published(step)
+    assert told(events) == [("published", f"Published step {step}") for step in (0, 100, 200)]
