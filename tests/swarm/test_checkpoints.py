@@ -39,7 +39,7 @@ def test_a_state_that_most_peers_do_not_have_is_not_saved(swarm: Swarm) -> None:
     state = trainer_state(checkpoint)
     assert state["checks"]["agreeing"] >= 2 and state["checks"]["distance"] < 0.01, state["checks"]
     assert 0 < state["held_out_loss"] < 10 and 0 <= state["held_out_accuracy"] <= 1
-    assert f"Held out loss: {state['held_out_loss']:.4f}" in (checkpoint / "README.md").read_text()
+    assert f"held-out loss **{state['held_out_loss']:.4f}**" in (checkpoint / "README.md").read_text()
     kept = read_kept(checkpoint)
     assert kept is not None and kept.swarm_id == state["swarm_id"] and state["sources"] == [{"embedded": True}]
 
