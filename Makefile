@@ -22,8 +22,7 @@ $(READY): requirements.txt requirements-dev.txt
 demo: setup
 	@$(RUN) scripts/local_swarm.py --config configs/demo.yaml --trainers 2
 
-test: setup
-	@$(RUN) -m pytest
+test: fast swarm
 
 fast: setup
 	@$(RUN) -m pytest -m "not swarm"

@@ -176,10 +176,10 @@ def main() -> None:
         write_text(run_folder / NOTEBOOK.name, notebook)
 
         # ---- the duties: each goes on by itself, whatever becomes of the others
-        def card(step: int, measured: dict[str, float]) -> str:
+        def card(step: int, measured: dict[str, float], has_curve: bool) -> str:
             names = list(contributions.of_names())
-            samples, history = samples_before + monitor.samples, monitor.history
-            return card_of(task, step, samples, monitor.tokens, history, names, settings, mine, join_line, measured)
+            seen = samples_before + monitor.samples, monitor.tokens
+            return card_of(task, step, *seen, monitor.history, names, settings, mine, join_line, measured, has_curve)
 
         def keep(step: int, checks: dict[str, Any]) -> Path:
             state = optimizer.state_dict()
@@ -201,7 +201,7 @@ def main() -> None:
                     "settings": settings,
                     "version": CODE_VERSION,
                 },
-                model_card=card(step, {}),
+                model_card=card(step, {}, curve is not None),
                 more_files={KEPT: changes.manifest.signed} | ({CURVE: curve} if curve else {}),
             )
             announce_saved(peer, run_id, step)
@@ -225,7 +225,7 @@ def main() -> None:
 
             try:
                 if mine.held_out_batches and (measured := measure(task, mine.held_out_batches, is_over)):
-                    annotate_checkpoint(folder, measured, card(step, measured))
+                    annotate_checkpoint(folder, measured, card(step, measured, (folder / CURVE).exists()))
                     figures = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
                     console.line(f"Global step {step}: {figures}")
                     recorder.add_to_next_step(measured | {"held_out_step": step})
@@ -423,6 +423,7 @@ def card_of(
     mine: AuxArguments,
     join_command: str,
     measured: dict[str, float],
+    has_curve: bool,
 ) -> str:
     """The model card of a checkpoint."""
     about = task.description()
@@ -442,7 +443,7 @@ def card_of(
         samples=samples,
         tokens=tokens,
         held_out=measured,
-        curve_in_words=loss_in_words(history) if curve_png(history) else None,
+        curve_in_words=loss_in_words(history) if has_curve else None,
         peers=names,
         usage=task.usage(mine.repo_id or "."),
         settings=settings,

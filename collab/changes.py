@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils import ValueWithExpiration
 
 from collab.background import Background
 from collab.files import write_bytes
@@ -46,13 +46,7 @@ class ChangeWatch(Background):
         for peer in sorted(newer.keys() - self._liars, key=lambda peer: -newer[peer])[:MAX_ASKED]:
             self._fetch(peer)
         if self.manifest.changes and not self._peer.client_mode:
-            self._peer.dht.store(
-                self._key,
-                subkey=self._peer.signature_key,
-                value=self.manifest.version,
-                expiration_time=get_dht_time() + self._lifetime,
-                return_future=True,
-            )
+            self._peer.publish(self._key, self.manifest.version, self._lifetime)
 
     def _fetch(self, peer: str) -> None:
         try:

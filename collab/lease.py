@@ -58,13 +58,7 @@ class Lease(Background):
         self._looked = time.monotonic()
 
     def _publish(self, since: float | None) -> MPFuture:
-        return self._peer.dht.store(
-            self._key,
-            subkey=self._peer.signature_key,
-            value=since,
-            expiration_time=get_dht_time() + self._lifetime,
-            return_future=True,
-        )
+        return self._peer.publish(self._key, since, self._lifetime)
 
 
 def claims_in(answer: ValueWithExpiration | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
+from hivemind.utils import MPFuture, ValueWithExpiration
 
 from collab.background import Background
 from collab.optimizer import RoundReport
@@ -174,13 +174,7 @@ class Lookout(Background):
         logger.log(level, search_message(len(searched), answered, back, lost - back - answered))
 
     def _publish(self, addresses: list[str] | None) -> MPFuture:
-        return self.peer.dht.store(
-            self._key,
-            subkey=self.peer.signature_key,
-            value=addresses,
-            expiration_time=get_dht_time() + self.lifetime,
-            return_future=True,
-        )
+        return self.peer.publish(self._key, addresses, self.lifetime)
 
     def _look(self) -> set[str]:
         """See who lives, and remember the addresses; gives those that were lost and are back."""

@@ -188,13 +188,7 @@ def is_live(record: PeerRecord | AuxRecord, lifetime: float, now: float | None =
 
 def publish_auxiliary(peer: Peer, run_id: str, record: AuxRecord, lifetime: float) -> MPFuture:
     """Store an auxiliary peer's record under its signature, for `lifetime` seconds."""
-    return peer.dht.store(
-        key=_auxiliaries_key(run_id),
-        subkey=peer.signature_key,
-        value=record.dict(),
-        expiration_time=get_dht_time() + lifetime,
-        return_future=True,
-    )
+    return peer.publish(_auxiliaries_key(run_id), record.dict(), lifetime)
 
 
 def ask_for_auxiliaries(peer: Peer, run_id: str) -> MPFuture:
@@ -209,13 +203,7 @@ def auxiliaries_in(answer: ValueWithExpiration | None) -> list[AuxRecord]:
 
 def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float) -> MPFuture:
     """Store `record` in the DHT under this peer's signature, for `lifetime` seconds, without waiting for it."""
-    return peer.dht.store(
-        key=_key(run_id),
-        subkey=peer.signature_key,
-        value=record.dict(),
-        expiration_time=get_dht_time() + lifetime,
-        return_future=True,
-    )
+    return peer.publish(_key(run_id), record.dict(), lifetime)
 
 
 def read_records(peer: Peer, run_id: str) -> list[PeerRecord]:

@@ -599,7 +599,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self._failed_loads and not self.auxiliary:
             self.pause(min(LOAD_STATE_PAUSE * 2 ** min(self._failed_loads, 10), LONGEST_LOAD_PAUSE))
         self._abandon_scheduled_round()
-        self.state_averager.step(wait_for_delayed_updates=True)
+        self.finish()
         with self.tracker.pause_updates():
             loaded = 0
             for attempt in range(LOAD_STATE_ATTEMPTS):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import psutil
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
@@ -21,6 +22,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import crypto_pb2
+from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.networking import choose_ip_address
@@ -166,6 +168,16 @@ class Peer:
         if ips[0] not in own_ips() and own:
             ips.append(choose_ip_address(own))
         return list(dict.fromkeys(str(address) for ip in ips for address in outside if _ip(address) == ip))
+
+    def publish(self, key: str, value: Any, lifetime: float) -> MPFuture:
+        """Store `value` in the DHT under this peer's signature, for `lifetime` seconds, without waiting for it."""
+        return self.dht.store(
+            key,
+            subkey=self.signature_key,
+            value=value,
+            expiration_time=get_dht_time() + lifetime,
+            return_future=True,
+        )
 
     def serve(self, name: str, file: Path) -> None:
         """Hand the content of `file` to every peer that asks this one for `name`; it is read anew each time."""

@@ -40,7 +40,8 @@ def test_a_run_outlives_its_organizer_who_alone_can_change_it(
     claim = ("--config", str(changed), "--initial_peers", address, "--organizer", organizer, *elsewhere)
     folder = ("--run_folder", str(tmp_path / "strange"))
     stranger = swarm.start("stranger", "run_aux_peer.py", *claim, *folder, *at_step)
-    doubter = swarm.start_trainer("doubter", address, *elsewhere)
+    # With a cache of its own: the stranger, who was told, remembers the organizer in the other one.
+    doubter = swarm.start_trainer("doubter", address, "--cache_dir", str(tmp_path / "nowhere"))
     assert (stranger.wait(), doubter.wait()) == (1, 1)
     assert f"Only the run's organizer can change it, the peer {organizer}" in stranger.output()
     assert f"add: --organizer {organizer}" in doubter.output()

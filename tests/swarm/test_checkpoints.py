@@ -72,7 +72,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"LOUD: no disk can be mounted here, the full disk is not tested: {mounted.stderr.decode()}")
+        pytest.skip(f"NOT TESTED: a full disk, because none can be mounted here: {mounted.stderr.decode()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
