@@ -66,7 +66,7 @@ def draw_up_roster(
         trainers=frozenset(here) - auxiliaries,
         auxiliaries=auxiliaries,
         candidates=tuple(leaders),
-        ahead=max(further) if further and 2 * len(further) >= len(trainers) else 0,
+        ahead=max(further) if 2 * len(further) > len(trainers) else 0,
     )
 
 

@@ -222,6 +222,16 @@ class Tracker(ProgressTracker):
             return_future=True,
         )  # fmt: skip
 
+    def withdraw(self) -> None:
+        """Let nobody wait for this peer until it reports progress again."""
+        self.dht.store(
+            self.training_progress_key,
+            subkey=self._local_public_key,
+            value=None,
+            expiration_time=get_dht_time() + self.metadata_expiration,
+            return_future=True,
+        )
+
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         self.trainers_step = -1
         if isinstance(metadata, dict):  # those who train; not who only helps
@@ -284,6 +294,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.scheduled_grads: StepControl | None = None
         super().__init__(**kwargs)
         self.state_averager.last_step = last_step
+        self.state_averager.steps_in_flight = int(self.delay_grad_averaging)
 
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
@@ -328,11 +339,11 @@ class SwarmOptimizer(hivemind.Optimizer):
 
         Upstream lets a peer that is one step behind make that step from its own gradient (optim/optimizer.py:640): a
         newcomer would step with its first micro-batch, and its optimizer state would differ from then on. Only with
-        delayed averaging is being one behind normal: there the others count a step when its averaging begins.
+        delayed averaging is being one behind normal: there the others count a step when its averaging begins. (Once in
+        each step upstream calls it out of sync there, too: steps as short as rounds then chased each other.)
         """
-        if self._must_reload or (not self.delay_grad_averaging and self.local_epoch < self.tracker.global_epoch):
-            return True
-        return bool(super()._should_load_state_from_peers())
+        normal = int(self.delay_grad_averaging)
+        return self._must_reload or self.local_epoch < self.tracker.global_epoch - normal
 
     def _maybe_schedule_gradient_averaging(self) -> None:
         self.grad_averager.round_number = self.local_epoch + 1
@@ -367,9 +378,10 @@ class SwarmOptimizer(hivemind.Optimizer):
             return False
         self._round_samples = self.grad_averager.local_samples_accumulated
         scheduled = self.scheduled_grads
-        if scheduled is not None and (scheduled.triggered or scheduled.done()):
-            # The early search failed. Upstream takes that for the round itself (optim/optimizer.py:529).
-            self.scheduled_grads = None
+        if self._expected > 1 and (scheduled is None or scheduled.triggered or scheduled.done()):
+            # No early search, or it failed. Upstream takes a failed one for the round itself (optim/optimizer.py:529),
+            # and without any it begins one that has no deadline, for which a leader takes nobody in.
+            self.scheduled_grads = self.grad_averager.schedule_step(timeout=self.averaging_timeout)
         began = super()._begin_averaging_gradients(grad_scaler)
         self.zero_grad()  # added up already
         if not began:
@@ -599,6 +611,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         if self._failed_loads and not self.auxiliary:
             self.pause(min(LOAD_STATE_PAUSE * 2 ** min(self._failed_loads, 10), LONGEST_LOAD_PAUSE))
         self._abandon_scheduled_round()
+        if not self.auxiliary:
+            self.tracker.withdraw()
         self.finish()
         with self.tracker.pause_updates():
             loaded = 0

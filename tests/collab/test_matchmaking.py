@@ -65,10 +65,13 @@ def test_a_repeated_round_waits_for_those_who_missed_it_at_first() -> None:
     assert roster(record(ONE, 7), record(TWO, 7), p1=8).trainers == {ONE, TWO}
 
 
-@pytest.mark.parametrize(("steps", "lag", "ahead"), [((8, 8), 0, 8), ((8, 7), 0, 8), ((8, 8), 1, 0), ((9, 10), 1, 10)])
+@pytest.mark.parametrize(
+    ("steps", "lag", "ahead"), [((8, 8), 0, 8), ((8,), 0, 8), ((8, 7), 0, 0), ((8, 8), 1, 0), ((9, 10), 1, 10)]
+)
 def test_a_round_is_left_behind_when_most_of_the_others_have_got_further(steps, lag, ahead) -> None:
     """With delayed averaging, peers count a step as soon as its averaging begins."""
-    assert roster(record(ONE, steps[0]), record(TWO, steps[1]), lag=lag).ahead == ahead
+    others = [record(peer, step) for peer, step in zip([ONE, TWO], steps, strict=False)]
+    assert roster(*others, lag=lag).ahead == ahead
 
 
 def test_a_single_record_from_the_far_future_does_not_end_the_round() -> None:

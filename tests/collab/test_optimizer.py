@@ -356,6 +356,13 @@ class Calls:
         return self.answer
 
 
+def quiet_tracker(step: int) -> Any:
+    """Knows the others' global step, and tells nobody anything."""
+    return SimpleNamespace(
+        pause_updates=contextlib.nullcontext, global_epoch=step, report_local_progress=Calls(), withdraw=Calls()
+    )
+
+
 @pytest.mark.parametrize(("cls", "ended"), [(hivemind.Optimizer, True), (SwarmOptimizer, False)])
 def test_an_object_that_shares_its_attributes_ends_nothing_when_it_is_collected(cls, ended) -> None:
     """Schedulers and wrappers of Accelerate make such objects; with the averagers gone, all calls hang."""
@@ -419,8 +426,23 @@ def test_a_peer_that_missed_a_step_takes_over_the_state(cls, reloads) -> None:
     assert optimizer._should_load_state_from_peers() is reloads
     optimizer.tracker.global_epoch = 6
     assert optimizer._should_load_state_from_peers()
-    optimizer.tracker.global_epoch, optimizer.delay_grad_averaging = 5, True
-    assert not optimizer._should_load_state_from_peers(), "with delayed averaging it is normal"
+
+
+def test_with_delayed_averaging_one_step_behind_is_normal_at_any_time() -> None:
+    """Stock hivemind calls it out of sync at the first news of each step."""
+    news = threading.Event()
+    news.set()
+    optimizer = bare(
+        SwarmOptimizer,
+        state_averager=SimpleNamespace(local_epoch=4),
+        tracker=SimpleNamespace(global_epoch=5, fetched_global_progress_this_epoch=news),
+        delay_grad_averaging=True,
+        _should_check_synchronization_on_update=True,
+        _must_reload=False,
+    )
+    assert not optimizer._should_load_state_from_peers()
+    optimizer.tracker.global_epoch = 6
+    assert optimizer._should_load_state_from_peers()
 
 
 @pytest.mark.parametrize(("cls", "ready"), [(ProgressTracker, True), (Tracker, False)])
@@ -449,21 +471,37 @@ def test_a_step_is_not_made_of_samples_that_nobody_has_reported(cls, ready) -> N
     assert look(4096, seconds_ago=0.0)
 
 
-@pytest.mark.parametrize(("cls", "begins"), [(hivemind.Optimizer, False), (SwarmOptimizer, True)])
-def test_a_round_begins_although_the_early_search_for_peers_failed(cls, begins) -> None:
-    """Stock hivemind takes the search for the round itself, and goes on as if it had failed."""
-    failed_search = SimpleNamespace(triggered=False, done=lambda: True)
-    averager = SimpleNamespace(step=Calls("the round"), local_samples_accumulated=8)
+@pytest.mark.parametrize("search", [None, SimpleNamespace(triggered=False, done=lambda: True)])
+@pytest.mark.parametrize("cls", [hivemind.Optimizer, SwarmOptimizer])
+def test_a_round_begins_with_a_deadline_although_there_was_no_early_search_or_it_failed(cls, search) -> None:
+    """Stock hivemind takes a failed search for the round itself, and goes on as if it had failed.
+
+    Without any it begins a round that lasts for ever, for which a leader takes nobody in.
+    """
+    searches: list[float | None] = []
+
+    def schedule_step(timeout: float | None = None) -> SimpleNamespace:
+        searches.append(timeout)
+        return SimpleNamespace(triggered=False, done=lambda: False)
+
+    def step(control: Any, **_: Any) -> Any:
+        return schedule_step() if control is None else control
+
+    averager = SimpleNamespace(step=step, schedule_step=schedule_step, local_samples_accumulated=8)
     optimizer = bare(
         cls,
         state_averager=SimpleNamespace(local_epoch=4),
         grad_averager=averager,
         tracker=SimpleNamespace(global_progress=SimpleNamespace(num_peers=2, epoch=4)),
+        averaging_timeout=15.0,
     )
-    optimizer.scheduled_grads = failed_search
+    optimizer.scheduled_grads = search
     optimizer._load_local_gradients_into_optimizer = optimizer._report = optimizer.zero_grad = Calls()
-    assert optimizer._begin_averaging_gradients(None) is begins
-    assert bool(averager.step.number) is begins
+    begins = optimizer._begin_averaging_gradients(None)
+    if cls is SwarmOptimizer:
+        assert begins and searches == [15.0]
+    else:
+        assert searches == [None] if begins else searches == []
 
 
 def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
@@ -487,11 +525,12 @@ def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
 
 
 def test_who_came_while_a_lone_peer_gathered_its_samples_is_met() -> None:
-    averager = SimpleNamespace(step=Calls("the round"), local_samples_accumulated=8)
+    averager = SimpleNamespace(step=Calls("the round"), schedule_step=Calls(), local_samples_accumulated=8)
     tracker = SimpleNamespace(global_progress=SimpleNamespace(num_peers=1, epoch=4))
     optimizer = bare(
-        SwarmOptimizer, state_averager=SimpleNamespace(local_epoch=4), grad_averager=averager, tracker=tracker
-    )
+        SwarmOptimizer, state_averager=SimpleNamespace(local_epoch=4), grad_averager=averager, tracker=tracker,
+        averaging_timeout=15.0,
+    )  # fmt: skip
     optimizer._look_who_is_there = lambda: setattr(tracker.global_progress, "num_peers", 2)
     optimizer.zero_grad = Calls()
     assert optimizer._begin_averaging_gradients(None) and averager.step.number == 1
@@ -529,7 +568,7 @@ def test_taking_over_a_state_that_cannot_be_had_comes_to_an_end(monkeypatch, cls
     averager = averager_cls.__new__(averager_cls)
     averager.__dict__.update(_parent_pid=0, step=Calls(), local_epoch=4, optimizer=SimpleNamespace(state={}))
     averager._outer_pipe = SimpleNamespace(send=Calls())
-    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=7, report_local_progress=Calls())
+    tracker = quiet_tracker(7)
     optimizer = bare(cls, state_averager=averager, tracker=tracker, load_state_timeout=1.0, states_loaded=0)
     optimizer.client_mode, optimizer._must_reload = True, True
     optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
@@ -552,7 +591,7 @@ def test_who_gets_a_state_from_nobody_waits_longer_each_time(monkeypatch) -> Non
         not_before=0,
     )
     state.optimizer = SimpleNamespace(state={})
-    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=5, report_local_progress=Calls())
+    tracker = quiet_tracker(5)
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0)
     optimizer._must_reload, optimizer._look_who_is_there = False, Calls()
     optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
@@ -575,7 +614,7 @@ def test_weights_that_the_swarm_has_left_are_replaced_or_at_least_not_handed_out
         state_sharing_priority=0,
     )  # fmt: skip
     state.optimizer = SimpleNamespace(state={})
-    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=5, report_local_progress=Calls())
+    tracker = quiet_tracker(5)
     tracker.is_alone = False
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0)
     optimizer._look_who_is_there, optimizer.pause = Calls(), Calls()
@@ -597,7 +636,7 @@ def test_who_has_no_state_tries_again_at_step_0_and_shares_none_before_it_has_on
         state_sharing_priority=0,
     )  # fmt: skip
     state.optimizer = SimpleNamespace(state={})
-    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=0, report_local_progress=Calls())
+    tracker = quiet_tracker(0)
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, has_state=has_state)
     optimizer._must_reload, optimizer._look_who_is_there = False, Calls()
     optimizer.grad_averager = SimpleNamespace(reset_accumulated_grads_=Calls())
@@ -627,7 +666,7 @@ def test_who_was_left_behind_does_not_go_back_once_more_from_the_state_of_those_
     monkeypatch.setattr(collab.optimizer, "LOAD_STATE_PAUSE", 0.0)
     state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(loaded), local_epoch=27, not_before=0)
     state.optimizer = SimpleNamespace(state={})
-    tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=27, report_local_progress=Calls())
+    tracker = quiet_tracker(27)
     optimizer = bare(SwarmOptimizer, state_averager=state, tracker=tracker, load_state_timeout=1.0, client_mode=True)
     optimizer.grad_averager, optimizer._look_who_is_there = SimpleNamespace(reset_accumulated_grads_=Calls()), Calls()
     optimizer._agreed_step, optimizer._must_reload, optimizer.has_state = 12, False, True
@@ -641,7 +680,7 @@ def test_nobodys_gradients_are_downloaded_with_the_state() -> None:
         state = SimpleNamespace(step=Calls(), load_state_from_peers=Calls(True), local_epoch=7)
         state.optimizer = SimpleNamespace(state={})
         gradients = SimpleNamespace(load_state_from_peers=Calls(), reset_accumulated_grads_=Calls())
-        tracker = SimpleNamespace(pause_updates=contextlib.nullcontext, global_epoch=7, report_local_progress=Calls())
+        tracker = quiet_tracker(7)
         optimizer = bare(cls, state_averager=state, grad_averager=gradients, tracker=tracker, load_state_timeout=1.0)
         optimizer.client_mode, optimizer._look_who_is_there = True, Calls()
         optimizer.load_state_from_peers()

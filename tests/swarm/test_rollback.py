@@ -79,11 +79,6 @@ def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> Non
     assert not list((tmp_path / "snapshots").iterdir())
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="With steps as short as here, peers that average in the background are often left behind in the round after "
-    "one of parameters, and who takes over a state forgets the losses that it has seen",
-)
 def test_peers_that_average_in_the_background_go_back_together_as_well(tmp_path: Path) -> None:
     """They do it when they begin the next round; who is late takes over the state of those who have done it."""
     delays = {"delay_optimizer_step": True, "delay_grad_averaging": True, "delay_state_averaging": True}
