@@ -54,8 +54,8 @@ SHUFFLED = 64  # batches of ours whose samples the plain way mixes
 WARM_UP = 0.1  # of the budget
 SCHEDULE_POINTS = 1000
 
-# Tried on one seed: LAMB of 0.02 and 0.05 with a million tokens. The published pairs (LAMB 0.00176 at
-# 4,096, AdamW 0.0001 at 256) are for models and budgets some hundred times as large.
+# The best of those tried on one seed (docs/optimizers.md). The published pairs (LAMB 0.00176 at 4,096, AdamW 0.0001 at
+# 256) are for models and budgets some hundred times as large.
 ADAMW_RATE, LAMB_RATE = 0.004, 0.05
 
 Loss = Callable[[Batch], torch.Tensor]
