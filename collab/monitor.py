@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+from hivemind.optim.progress_tracker import GlobalTrainingProgress
 from hivemind.utils import get_dht_time
 
 from collab.agreement import SKETCH_SIZE, spread
-from collab.metrics import MAX_REASON, MAX_STEP, AuxRecord, PeerRecord, is_live
-from collab.public_text import public_line, public_name
+from collab.metrics import MAX_STEP, AuxRecord, PeerRecord, is_live
 from collab.robust import leveled, weighted_mean, winsorized
 from collab.watch import Sketches
 
@@ -112,52 +112,6 @@ WHOLE = (
 
 
 @dataclass(frozen=True)
-class PeerFigures:
-    """A live trainer, by its own word, for the page and its like."""
-
-    name: str
-    """One short line without control characters; it has to be escaped for the place where it is put."""
-    peer_id: str
-    role: str
-    """trainer or client."""
-    version: str
-    device: str
-    step: int
-    """The global step that it made last."""
-    samples_per_second: float
-    tokens_per_second: float
-    loss: float
-    grad_norm: float
-    peers_met: int
-    peers_expected: int
-    parts: float
-    applied: bool
-    alone: bool
-    reason: str
-    compute_share: float
-    data_wait: float
-    averaging_wait: float
-    memory: int
-    """Bytes at peak."""
-    samples: int
-    """Of this session."""
-    contribution: int
-    """Samples of all its sessions, as the organizer has counted them."""
-
-
-@dataclass(frozen=True)
-class AuxFigures:
-    """A live auxiliary peer, by its own word."""
-
-    name: str
-    peer_id: str
-    version: str
-    rounds: int
-    saved_step: int
-    role: str = "auxiliary"
-
-
-@dataclass(frozen=True)
 class SwarmView:
     """The swarm now, for the page, JSON, Prometheus and the console. NaN stands for what nobody knows yet."""
 
@@ -187,10 +141,9 @@ class SwarmView:
     step_progress: float
     """Share of the next step's samples that is there."""
     seconds_to_next_step: float
-    days_to_end: float
-    peers: tuple[PeerFigures, ...]
-    """Who gave most in its session comes first."""
-    auxiliaries: tuple[AuxFigures, ...]
+    """Until enough samples are there, as it seems; NaN while nobody trains."""
+    seconds_to_end: float
+    """To the end of the run, at the usual pace of the last `RECENT` steps."""
 
     def as_numbers(self) -> dict[str, float]:
         """All of it that is a single number, by name; roles as `peers_ROLE`."""
@@ -250,6 +203,10 @@ class Monitor:
     def tokens(self) -> int:
         """Real tokens in the whole history; those of steps that an older version wrote are missing."""
         return self._tokens
+
+    def uncounted(self, samples: int, step: int) -> int:
+        """Of so many samples until a global step, those that the history does not know of: it is of another folder."""
+        return max(0, samples - sum(made.samples for made in self.history if made.step <= step))
 
     @property
     def pace(self) -> float:
@@ -313,26 +270,21 @@ class Monitor:
             done.append(summary)
         return done
 
-    def view(
-        self,
-        *,
-        progress: float = math.nan,
-        seconds_to_next_step: float = math.nan,
-        contributions: Mapping[str, int] | None = None,
-    ) -> SwarmView:
+    def view(self, progress: GlobalTrainingProgress | None = None) -> SwarmView:
         """The swarm now.
 
-        :param progress: share of the next step's samples that is there, from the optimizer's tracker.
-        :param seconds_to_next_step: its estimate.
-        :param contributions: samples by peer id, over all sessions.
+        :param progress: towards the next step, as an optimizer's tracker sees it.
         """
         now, recent = get_dht_time(), self.history[-RECENT:]
         last = recent[-1] if recent else None
         pace = self.pace
         shares = [summary.compute_share for summary in recent if math.isfinite(summary.compute_share)]
-        live_auxiliaries = [record for record in self.auxiliaries if is_live(record, self.lifetime, now)]
         roles = Counter(record.role for record in self.live)
-        roles["auxiliary"] = len(live_auxiliaries)
+        roles["auxiliary"] = sum(is_live(record, self.lifetime, now) for record in self.auxiliaries)
+        share = wait = math.nan
+        if progress is not None and progress.num_peers:
+            share = min(progress.samples_accumulated / progress.target_batch_size, 1.0)
+            wait = max(progress.eta_next_epoch - now, 0.0)
         return SwarmView(
             time=now,
             step=self.step,
@@ -348,14 +300,9 @@ class Monitor:
             full_rounds=_full_share(self.history),
             bytes_per_step=last.bytes_per_peer * last.peers if last else math.nan,
             utilisation=statistics.mean(shares) if shares else math.nan,
-            step_progress=progress,
-            seconds_to_next_step=seconds_to_next_step,
-            days_to_end=max(self.last_step - self.step, 0) * pace / 86400,
-            peers=tuple(_peer_figures(record, contributions or {}) for record in self.live),
-            auxiliaries=tuple(
-                AuxFigures(public_name(a.name), a.peer_id, public_name(a.version), a.rounds, a.saved_step)
-                for a in sorted(live_auxiliaries, key=lambda record: record.peer_id)
-            ),
+            step_progress=share,
+            seconds_to_next_step=wait,
+            seconds_to_end=max(self.last_step - self.step, 0) * pace,
         )
 
     def _is_complete(self, step: int, now: float) -> bool:
@@ -461,16 +408,3 @@ def _full_share(history: Sequence[StepSummary]) -> float:
 
 def _or(value: float, otherwise: float) -> float:
     return value if math.isfinite(value) else otherwise
-
-
-def _peer_figures(record: PeerRecord, contributions: Mapping[str, int]) -> PeerFigures:
-    same = {field.name for field in fields(PeerFigures)} & set(record.__fields__)
-    told = {name: getattr(record, name) for name in same}
-    told |= {name: public_name(told[name]) for name in ("name", "version", "device")}
-    told |= {"reason": public_line(record.reason, MAX_REASON), "samples": record.samples_total}
-    return PeerFigures(
-        **told,
-        role=record.role,
-        alone=record.alone,
-        contribution=contributions.get(record.peer_id, record.samples_total),
-    )

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from collab.page import PeerView, Round, RunView, curve_svg, loss_in_words, render_page, verdict
+from collab.page import curve_svg, loss_in_words, render_page
 from collab.public_text import public_name
+from collab.view import PeerView, Round, RunView, verdict
 
 NOW = 1_795_000_000.0
 
