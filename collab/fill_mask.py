@@ -54,7 +54,8 @@ class FillMask:
     def answer(self, text: str) -> Answer:
         """The likeliest words for the one gap in `text`.
 
-        :raises Refused: the text has no gap or several, or is too long; no checkpoint is there; others are asking.
+        :raises Refused: the text has no gap or several, or is too long; no checkpoint is there; others are asking. It
+            has a cause if the model failed, which is nothing that the person who asked can mend.
         """
         if len(text) > MAX_CHARACTERS:
             raise Refused(400, f"The text is longer than {MAX_CHARACTERS} characters.")
@@ -72,7 +73,7 @@ class FillMask:
                 return Answer(step, self._fill(folder, text))
             except Exception as error:
                 logger.warning("The checkpoint %s could not fill a gap: %r", folder, error)
-                raise Refused(503, "The newest checkpoint could not answer.") from error
+                raise Refused(503, f"The newest checkpoint could not answer ({type(error).__name__}).") from error
             finally:
                 self._free_at = time.monotonic() + self._seconds_between
         finally:
