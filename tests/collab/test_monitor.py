@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import collab.monitor
 from collab.metrics import AuxRecord, PeerRecord
-from collab.monitor import PATIENCE, Monitor, StepSummary
+from collab.monitor import MAX_LONE, PATIENCE, Monitor, StepSummary
 from collab.trackers import HISTORY, History, make_trackers, read_history
 
 
@@ -372,6 +372,26 @@ def test_a_step_of_which_a_single_stranger_tells_is_asked_for(clock):
     monitor.look([live(clock, "liar", 5, loss=0.0)])
     monitor.look([live(clock, peer, 6) for peer in "abc"] + [live(clock, "liar", 6)])
     assert monitor.missing() == range(4, 6)
+
+
+def test_a_liar_who_tells_of_a_new_step_at_every_look_makes_few_wait(clock):
+    monitor = at_step(clock, 3, "abc")
+    for lie in range(5, 5 + 2 * MAX_LONE):
+        clock.seconds += 0.01
+        monitor.update([*(live(clock, peer, 3) for peer in "abc"), live(clock, "liar", lie)])
+    assert len(monitor._open) == MAX_LONE and monitor.step == 3
+    clock.seconds += 20
+    assert steps(monitor.update([live(clock, peer, 4) for peer in "abc"])) == [4]
+
+
+def test_all_that_a_trainer_has_kept_is_taken_in(clock):
+    """After a long absence of the auxiliary peer one trainer may be the only one that has been there all the time."""
+    monitor = at_step(clock, 3, "abc")
+    last = 4 + 2 * MAX_LONE
+    monitor.look([live(clock, peer, last) for peer in "abc"])
+    monitor.learn([live(clock, "a", step) for step in range(4, last)])
+    monitor.look([live(clock, peer, last) for peer in "abc"])
+    assert steps(monitor.complete()) == list(range(4, last + 1))
 
 
 # ---- the swarm's figures -----------------------------------------------------------------------------------------
