@@ -431,7 +431,8 @@ class AuxArguments:
     held_out_batches: int = option(
         8,
         "Batches of about 4096 tokens, of text that nobody trains on, on which each checkpoint is measured. More make "
-        "the figures finer and take longer, on this computer alone (ALBERT-large on two cores: minutes). 0: none.",
+        "the figures finer and take longer, on this computer alone (ALBERT-large on two cores: half a minute each). "
+        "0: none.",
     )
     find_public_ip: bool = option(
         True,

@@ -4,13 +4,23 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from collab.checkpoint import TRAINER_STATE
+import torch
+
+from collab.checkpoint import TRAINER_STATE, Checkpoint, load_checkpoint, load_weights_into
+from collab.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LOSS = "held_out_loss"
+
+
+class Saved(NamedTuple):
+    """A checkpoint of this run on this disk."""
+
+    step: int
+    folder: Path
 
 
 class Archive:
@@ -38,6 +48,25 @@ class Archive:
             except (OSError, ValueError, KeyError, TypeError):
                 logger.debug("%s is no checkpoint of this run", folder)
         return dict(sorted(found.items()))
+
+    def newest(self) -> Saved | None:
+        """The checkpoint of the latest global step."""
+        step = max(self.steps(), default=None)
+        return None if step is None else Saved(step, self.place(step))
+
+    def open_newest(self, model: torch.nn.Module) -> Checkpoint | None:
+        """Fill the model with the newest checkpoint that can be read; gives what else is in it.
+
+        So that the state of a run does not go with the last trainer that leaves.
+        """
+        for step in reversed(self.steps()):
+            try:
+                found = load_checkpoint(self.place(step))
+                load_weights_into(model, found.folder)
+                return found
+            except UserError as error:
+                logger.warning("%s Taking an older one.", error)
+        return None
 
     def mend(self) -> None:
         """Remove what a process that was killed in the middle of writing has left.

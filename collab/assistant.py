@@ -34,9 +34,9 @@ class Assistant(Background):
 
     def _assist(self) -> None:
         optimizer = self._optimizer
-        trainers_step = optimizer.tracker.trainers_step
-        if trainers_step > optimizer.local_epoch or 0 <= trainers_step < optimizer.local_epoch - 1:
-            # The swarm is ahead, or has begun anew from an older state.
+        trainers_step, lag = optimizer.tracker.trainers_step, optimizer.tracker.lag
+        if trainers_step > optimizer.local_epoch + lag or 0 <= trainers_step < optimizer.local_epoch - 1:
+            # Most trainers are ahead, or have begun anew from an older state.
             optimizer.skip_to(trainers_step)
         before = optimizer.last_round
         optimizer.step()

@@ -1,6 +1,7 @@
 """Changes of a run while it goes on: the organizer signs a new version of the manifest, and all peers hear of it."""
 
 import logging
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 from hivemind.utils import ValueWithExpiration
 
 from collab.background import Background
+from collab.errors import UserError
 from collab.files import write_bytes
-from collab.manifest import KEPT, PROTOCOL, Manifest
+from collab.manifest import KEPT, PROTOCOL, Manifest, read_kept
+from collab.metrics import read_records
 from collab.peer import Peer, peer_id_of_key
+from collab.trackers import HISTORY, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,51 @@ def versions_in(answer: ValueWithExpiration | None) -> dict[str, int]:
         if type(entry.value) is int:
             found[peer] = entry.value
     return found
+
+
+def reopened(new: Manifest, run_folder: Path, changing: bool) -> Manifest:
+    """The run that is kept in `run_folder` if the `new` one is the same, or is meant to change it; else the new one.
+
+    :raises UserError: there is none that the new one could change.
+    """
+    kept = read_kept(run_folder)
+    same = kept is not None and (kept.organizer, kept.files, kept.versions) == (new.organizer, new.files, new.versions)
+    if kept is not None and same and (changing or kept.latest == new.settings):
+        return kept
+    if changing:
+        raise UserError(
+            f"There is no run in {run_folder} that this could change: another tokenizer, model, identity or version of "
+            f"the code is another run. Leave out --change_at_step."
+        )
+    if kept is not None:
+        logger.warning(
+            "The run in %s was another one. This is a NEW run: those who train the old one cannot meet it. To change "
+            "a run that goes on, add --change_at_step.", run_folder,
+        )  # fmt: skip
+    return new
+
+
+def changed(manifest: Manifest, at_step: int, settings: dict[str, Any], peer: Peer, run_folder: Path) -> Manifest:
+    """The manifest with other settings from global step `at_step` on.
+
+    :raises UserError: this peer is not the organizer, or the step is made already.
+    """
+    if manifest.organizer != peer.peer_id:
+        raise UserError(
+            f"Only the run's organizer can change it, the peer {manifest.organizer}. Start with its --identity_path."
+        )
+    history = [entry["step"] for entry in read_history(run_folder / HISTORY)]
+    records = read_records(peer, manifest.settings["run_id"])
+    # the median, because a single peer may say anything
+    made = max(*history, 0, statistics.median_high([record.step for record in records] or [0]))
+    if at_step <= made:
+        raise UserError(
+            f"Global step {made} is made already. Give a --change_at_step that all peers can still hear of."
+        )
+    try:
+        return manifest.changed(at_step, settings, peer.private_key)
+    except ValueError as error:
+        raise UserError(f"This change is not possible: {error}. Give a later --change_at_step.") from error
 
 
 def in_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The device that a peer computes on, and the precision that suits it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -69,3 +70,14 @@ def pick_precision(wanted: str, device: torch.device, allowed: Sequence[str] = t
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         best = ["bfloat16", "float16", "float32"] if modern else ["float16", "float32", "bfloat16"]
     return PRECISIONS[next(name for name in best if name in allowed)]
+
+
+@contextmanager
+def half_of_the_threads() -> Iterator[None]:
+    """Leave the other half of torch's threads to what goes on beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

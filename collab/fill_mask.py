@@ -54,36 +54,39 @@ class FillMask:
     def answer(self, text: str) -> Answer:
         """The likeliest words for the one gap in `text`.
 
-        :raises Refused: the text has no gap or several, or is too long; no checkpoint is there; others are asking.
+        :raises Refused: the text has no gap or several, or is too long; no checkpoint is there; others are asking. It
+            has a cause if the model failed, which is nothing that the person who asked can mend.
         """
         if len(text) > MAX_CHARACTERS:
             raise Refused(400, f"The text is longer than {MAX_CHARACTERS} characters.")
         if text.count(GAP) != 1:
             raise Refused(400, f"Put {GAP} in the place of one word.")
-        if (newest := self._newest()) is None:
+        if self._newest() is None:
             raise Refused(503, "No checkpoint has been saved yet.")
         if not self._busy.acquire(blocking=False):
             raise Refused(429, "Somebody else is asking. Try again in a moment.")
         try:
             if time.monotonic() < self._free_at:
                 raise Refused(429, "Many people are asking. Try again in a moment.")
-            step, folder = newest
             try:
-                return Answer(step, self._fill(folder, text))
+                return self._fill(text)
             except Exception as error:
-                logger.warning("The checkpoint %s could not fill a gap: %r", folder, error)
-                raise Refused(503, "The newest checkpoint could not answer.") from error
+                logger.warning("The newest checkpoint could not fill a gap: %r", error)
+                raise Refused(503, f"The newest checkpoint could not answer ({type(error).__name__}).") from error
             finally:
                 self._free_at = time.monotonic() + self._seconds_between
         finally:
             self._busy.release()
 
-    def _fill(self, folder: Path, text: str) -> list[Guess]:
+    def _fill(self, text: str) -> Answer:
         from transformers import pipeline  # slow to import, and few runs are asked
 
+        newest = self._newest()  # not before: an older one may be removed meanwhile
+        assert newest is not None
+        step, folder = newest
         if self._open is None or self._open[0] != folder:
             self._open = None  # the old model's memory first
             self._open = folder, pipeline("fill-mask", model=str(folder), device="cpu")
         fill: Any = self._open[1]
         found = fill(text.replace(GAP, fill.tokenizer.mask_token), top_k=ANSWERS, tokenizer_kwargs={"truncation": True})
-        return [Guess(str(entry["token_str"]).strip(), float(entry["score"])) for entry in found]
+        return Answer(step, [Guess(str(entry["token_str"]).strip(), float(entry["score"])) for entry in found])

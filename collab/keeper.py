@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from collab.agreement import sketch
+from collab.archive import Saved
 from collab.assistant import Assistant
 from collab.background import Background
 from collab.errors import UserError
@@ -21,13 +22,6 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 0.5
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 600.0  # seconds between attempts, doubled after each one
-
-
-class Saved(NamedTuple):
-    """A checkpoint of this run on this disk."""
-
-    step: int
-    folder: Path
 
 
 class Keeper(Background):

@@ -1,8 +1,9 @@
 """The model card: README.md of a checkpoint, readable by people and, in its head, by the Hub."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -15,37 +16,32 @@ HELD_OUT = {"held_out_loss": ("loss", "Held-out loss"), "held_out_accuracy": ("a
 
 def model_card(
     *,
-    title: str,
-    summary: str,
+    about: Mapping[str, str],
     metadata: Mapping[str, object],
-    run_id: str,
+    settings: Mapping[str, Any],
     step: int,
-    last_step: int,
     samples: int,
     tokens: int | None = None,
     held_out: Mapping[str, float] | None = None,
     curve_in_words: str | None = None,
-    peers: Sequence[str],
+    peers: Iterable[str],
     usage: str,
-    settings: Mapping[str, object],
-    join_command: str | None = None,
+    join_command: str,
 ) -> str:
     """The text of README.md.
 
-    :param title: the model's name, for people.
-    :param summary: a paragraph or more of Markdown: what the model is and what it was trained on.
-    :param metadata: the Hub's own keys: license, language, tags, datasets, base_model, pipeline_tag, library_name;
-        those that are None or empty are left out.
+    :param about: what the model is and what it was trained on, in Markdown, by heading.
+    :param metadata: the Hub's own keys: license, language, datasets, base_model, pipeline_tag, library_name; those that
+        are None or empty are left out.
+    :param settings: of the run, one table row each; None values are left out.
     :param step: global steps done.
-    :param last_step: where the run ends.
     :param samples: samples that were averaged into the model.
     :param tokens: real tokens in them, if that is known.
     :param held_out: `held_out_loss` and `held_out_accuracy`, those that are known; they go into the head as well.
     :param curve_in_words: what the picture `CURVE` beside the card shows; None if there is none.
     :param peers: public names of those who contributed; strangers chose them, so they are escaped here.
     :param usage: Python that opens the model.
-    :param settings: what the run was trained with, one table row each; None values are left out.
-    :param join_command: what a volunteer types to help; None when the run is over.
+    :param join_command: what a volunteer types to help; a run that is over needs none.
     :raises ValueError: the Hub's client does not accept the metadata.
     """
     known = {HELD_OUT[key]: value for key, value in (held_out or {}).items() if key in HELD_OUT}
@@ -60,8 +56,10 @@ def model_card(
         )
         for (kind, name), value in known.items()
     ]
+    run_id, last_step = settings["run_id"], settings["max_global_steps"]
     keys = {key: value for key, value in metadata.items() if value}
-    head = ModelCardData(**keys, model_name=title, eval_results=results or None).to_yaml()  # type: ignore[arg-type]
+    keys["tags"] = ["hivemind", "collaborative-training", settings["task"]]
+    head = ModelCardData(**keys, model_name=run_id, eval_results=results or None).to_yaml()  # type: ignore[arg-type]
     rows = "\n".join(
         f"| {_text(str(key))} | {_text(str(value))} |" for key, value in settings.items() if value is not None
     )
@@ -70,10 +68,10 @@ def model_card(
     of_tokens = f", **{tokens:,}** tokens" if tokens is not None else ""
     parts = [
         f"---\n{head}\n---",
-        f"# {_text(title)}",
-        summary.strip(),
-        f"Trained together by volunteers over the internet in the run **{_text(run_id)}**: global step **{step:,}** of "
-        f"{last_step:,}, **{samples:,}** samples{of_tokens}.",
+        f"# {_text(run_id)}",
+        "\n".join(f"- {heading}: {text}" for heading, text in about.items()),
+        f"Trained together by volunteers over the internet: global step **{step:,}** of {last_step:,}, **{samples:,}** "
+        f"samples{of_tokens}.",
     ]
     if known:
         figures = ", ".join(f"{name.lower()} **{value:.4f}**" for (_, name), value in known.items())
@@ -81,7 +79,7 @@ def model_card(
     if curve_in_words is not None:
         parts.append(f"![{_text(curve_in_words)}]({CURVE})")
     parts.append(f"## Use it\n\n```python\n{usage.strip()}\n```")
-    if join_command is not None:
+    if step < last_step:
         parts.append(f"## Help to train it\n\nThe run goes on. Any computer can join, and leave, at any time:\n\n"
                      f"```bash\n{join_command.strip()}\n```")  # fmt: skip
     parts.append(f"## Who trained it\n\n{', '.join(map(_text, names[:SHOWN_PEERS])) or 'Nobody yet'}{more}.")

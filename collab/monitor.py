@@ -7,17 +7,18 @@ believed, as long as its steps come no faster than `FASTEST` times as fast as be
 
 import math
 import statistics
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+from hivemind.optim.progress_tracker import GlobalTrainingProgress
 from hivemind.utils import get_dht_time
 
 from collab.agreement import SKETCH_SIZE, spread
-from collab.metrics import MAX_REASON, MAX_STEP, AuxRecord, PeerRecord, is_live
-from collab.public_text import public_line, public_name
+from collab.metrics import MAX_STEP, AuxRecord, PeerRecord, is_live
 from collab.robust import leveled, weighted_mean, winsorized
 from collab.watch import Sketches
 
@@ -31,7 +32,10 @@ LEAST_PACE = 0.25  # seconds in a global step; nothing trains faster
 STUCK = 10.0  # times the usual length of a step, after which a minority is believed
 UNKNOWN_PACE = 30.0  # seconds in a global step, for those whom most peers do not bear out, before there is a history
 RECENT = 20  # steps
-MAX_OPEN = 5000  # steps that wait; a liar may report a new one at every look
+MAX_OPEN = 5000  # steps that wait; more than a trainer keeps for those who were away
+MAX_LONE = (
+    200  # of those which a single peer has told of, beyond where most are: a liar tells of a new one at every look
+)
 OVERSHOOT = 1.25  # times the target batch: a peer goes on until its micro-batch is done and the group is there
 SLACK = 1.1  # of the samples that a round counted: those that came too late for it
 BUSY = 4.0  # times the usual share of computing, within which a peer's speed has to agree with what it gave
@@ -112,52 +116,6 @@ WHOLE = (
 
 
 @dataclass(frozen=True)
-class PeerFigures:
-    """A live trainer, by its own word, for the page and its like."""
-
-    name: str
-    """One short line without control characters; it has to be escaped for the place where it is put."""
-    peer_id: str
-    role: str
-    """trainer or client."""
-    version: str
-    device: str
-    step: int
-    """The global step that it made last."""
-    samples_per_second: float
-    tokens_per_second: float
-    loss: float
-    grad_norm: float
-    peers_met: int
-    peers_expected: int
-    parts: float
-    applied: bool
-    alone: bool
-    reason: str
-    compute_share: float
-    data_wait: float
-    averaging_wait: float
-    memory: int
-    """Bytes at peak."""
-    samples: int
-    """Of this session."""
-    contribution: int
-    """Samples of all its sessions, as the organizer has counted them."""
-
-
-@dataclass(frozen=True)
-class AuxFigures:
-    """A live auxiliary peer, by its own word."""
-
-    name: str
-    peer_id: str
-    version: str
-    rounds: int
-    saved_step: int
-    role: str = "auxiliary"
-
-
-@dataclass(frozen=True)
 class SwarmView:
     """The swarm now, for the page, JSON, Prometheus and the console. NaN stands for what nobody knows yet."""
 
@@ -187,10 +145,9 @@ class SwarmView:
     step_progress: float
     """Share of the next step's samples that is there."""
     seconds_to_next_step: float
-    days_to_end: float
-    peers: tuple[PeerFigures, ...]
-    """Who gave most in its session comes first."""
-    auxiliaries: tuple[AuxFigures, ...]
+    """Until enough samples are there, as it seems; NaN while nobody trains."""
+    seconds_to_end: float
+    """To the end of the run, at the usual pace of the last `RECENT` steps."""
 
     def as_numbers(self) -> dict[str, float]:
         """All of it that is a single number, by name; roles as `peers_ROLE`."""
@@ -233,6 +190,10 @@ class Monitor:
         self._moved = self._began  # when the last step was completed, by this computer's own observation
         self._open: dict[int, dict[str, PeerRecord]] = defaultdict(dict)
         self._since: dict[int, float] = {}
+        self._made: dict[str, int] = {}  # the step of each live peer
+        self._ordered: list[int] = []
+        self.pace = _pace(self.history)
+        """Seconds from one global step to the next, median over the recent ones; NaN before the third."""
         self._samples = sum(summary.samples for summary in self.history)
         self._tokens = sum(summary.tokens for summary in self.history)
 
@@ -251,12 +212,9 @@ class Monitor:
         """Real tokens in the whole history; those of steps that an older version wrote are missing."""
         return self._tokens
 
-    @property
-    def pace(self) -> float:
-        """Seconds from one global step to the next, median over the recent ones; NaN before the third."""
-        recent = self.history[-RECENT - 1 :]
-        paces = [(later.time - sooner.time) / (later.step - sooner.step) for sooner, later in pairwise(recent)]
-        return statistics.median(paces) if len(paces) >= 2 else math.nan
+    def uncounted(self, samples: int, step: int) -> int:
+        """Of so many samples until a global step, those that the history does not know of: it is of another folder."""
+        return max(0, samples - sum(made.samples for made in self.history if made.step <= step))
 
     def update(self, records: Sequence[PeerRecord]) -> list[StepSummary]:
         """Take in what the swarm reports now; returns the steps that this completed, in order."""
@@ -268,8 +226,13 @@ class Monitor:
         now, records = get_dht_time(), list(records)
         live = [record for record in records if is_live(record, self.lifetime, now)]
         self.live = sorted(live, key=lambda record: (-record.samples_total, record.peer_id))
+        self._made = {record.peer_id: record.step for record in live}
+        self._ordered = sorted(self._made.values())
         self.sketches.note(self.live)
         self.learn(records)
+        most = self._ordered[(len(self._ordered) - 1) // 2] if self._ordered else math.inf
+        lone = sorted(step for step, told in self._open.items() if len(told) == 1 and step > most)
+        self._drop(lone[MAX_LONE:])
 
     def learn(self, records: Iterable[PeerRecord]) -> None:
         """Take in records of steps that are not complete yet, such as those that were made unobserved."""
@@ -278,7 +241,10 @@ class Monitor:
             if self.step < record.step <= self.last_step:
                 self._open[record.step][record.peer_id] = record
                 self._since.setdefault(record.step, now)
-        for step in sorted(self._open)[MAX_OPEN:]:
+        self._drop(sorted(self._open)[MAX_OPEN:])
+
+    def _drop(self, steps: Iterable[int]) -> None:
+        for step in steps:
             del self._open[step], self._since[step]
 
     def missing(self) -> range:
@@ -289,9 +255,7 @@ class Monitor:
         if not made:
             return range(0)
         unheard = [
-            step
-            for step in range(self.step + 1, made[-1])
-            if 2 * len(self._open.get(step, ())) <= sum(record.step >= step for record in self.live)
+            step for step in range(self.step + 1, made[-1]) if 2 * len(self._open.get(step, ())) <= self._live_at(step)
         ]
         return range(unheard[0], made[-1]) if unheard else range(0)
 
@@ -308,31 +272,25 @@ class Monitor:
                 continue
             summary = self._summarize(step, records, now)
             self.history.append(summary)
-            self._moved = now
+            self.pace, self._moved = _pace(self.history), now
             self._samples, self._tokens = self._samples + summary.samples, self._tokens + summary.tokens
             done.append(summary)
         return done
 
-    def view(
-        self,
-        *,
-        progress: float = math.nan,
-        seconds_to_next_step: float = math.nan,
-        contributions: Mapping[str, int] | None = None,
-    ) -> SwarmView:
+    def view(self, progress: GlobalTrainingProgress | None = None) -> SwarmView:
         """The swarm now.
 
-        :param progress: share of the next step's samples that is there, from the optimizer's tracker.
-        :param seconds_to_next_step: its estimate.
-        :param contributions: samples by peer id, over all sessions.
+        :param progress: towards the next step, as an optimizer's tracker sees it.
         """
         now, recent = get_dht_time(), self.history[-RECENT:]
         last = recent[-1] if recent else None
-        pace = self.pace
         shares = [summary.compute_share for summary in recent if math.isfinite(summary.compute_share)]
-        live_auxiliaries = [record for record in self.auxiliaries if is_live(record, self.lifetime, now)]
         roles = Counter(record.role for record in self.live)
-        roles["auxiliary"] = len(live_auxiliaries)
+        roles["auxiliary"] = sum(is_live(record, self.lifetime, now) for record in self.auxiliaries)
+        share = wait = math.nan
+        if progress is not None and progress.num_peers:
+            share = min(progress.samples_accumulated / progress.target_batch_size, 1.0)
+            wait = max(progress.eta_next_epoch - now, 0.0)
         return SwarmView(
             time=now,
             step=self.step,
@@ -342,34 +300,36 @@ class Monitor:
             tokens=self.tokens,
             samples_per_second=last.samples_per_second if last else math.nan,
             tokens_per_second=last.tokens_per_second if last else math.nan,
-            steps_per_hour=3600 / pace if pace > 0 else math.nan,
+            steps_per_hour=3600 / self.pace if self.pace > 0 else math.nan,
             roles={role: roles[role] for role in ("trainer", "client", "auxiliary")},
             full_rounds_recent=_full_share(recent),
             full_rounds=_full_share(self.history),
             bytes_per_step=last.bytes_per_peer * last.peers if last else math.nan,
             utilisation=statistics.mean(shares) if shares else math.nan,
-            step_progress=progress,
-            seconds_to_next_step=seconds_to_next_step,
-            days_to_end=max(self.last_step - self.step, 0) * pace / 86400,
-            peers=tuple(_peer_figures(record, contributions or {}) for record in self.live),
-            auxiliaries=tuple(
-                AuxFigures(public_name(a.name), a.peer_id, public_name(a.version), a.rounds, a.saved_step)
-                for a in sorted(live_auxiliaries, key=lambda record: record.peer_id)
-            ),
+            step_progress=share,
+            seconds_to_next_step=wait,
+            seconds_to_end=max(self.last_step - self.step, 0) * self.pace,
         )
 
     def _is_complete(self, step: int, now: float) -> bool:
-        reporters = self._open[step].keys() if step in self._open else set()
-        made = {record.peer_id for record in self.live if record.step >= step} | reporters
-        there = {record.peer_id for record in self.live} | reporters
-        if len(made) == len(there):
+        # counted, not listed: a liar makes thousands of steps wait
+        reporters = self._open.get(step, ())
+        made = self._live_at(step) + sum(self._made.get(peer, -1) < step for peer in reporters)
+        there = len(self._made) + sum(peer not in self._made for peer in reporters)
+        if made == there:
             least = max(LEAST_PACE, _or(self.pace, 0.0) / FASTEST)
-            return len(there) > 1 or self._ahead(step) * least <= now - self._last_time
+            return there > 1 or self._ahead(step) * least <= now - self._last_time
         waited = now - self._since[step]
-        if 2 * len(made) > len(there):
+        if 2 * made > there:
             return waited >= PATIENCE
-        pace = _or(self.pace, UNKNOWN_PACE) * (1.0 if 2 * len(made) == len(there) else STUCK)
-        return waited >= TIE_PATIENCE and self._ahead(step) * pace <= now - max(self._last_time, self._moved)
+        if waited < TIE_PATIENCE:
+            return False
+        pace = _or(self.pace, UNKNOWN_PACE) * (1.0 if 2 * made == there else STUCK)
+        return self._ahead(step) * pace <= now - max(self._last_time, self._moved)
+
+    def _live_at(self, step: int) -> int:
+        """How many live peers have made this step."""
+        return len(self._ordered) - bisect_left(self._ordered, step)
 
     def _ahead(self, step: int) -> int:
         """Steps from the last complete one; none if nobody knows where the run is."""
@@ -450,6 +410,12 @@ def _plausible_samples(records: Collection[PeerRecord], target: float) -> tuple[
     return samples, averaged
 
 
+def _pace(history: Sequence[StepSummary]) -> float:
+    recent = history[-RECENT - 1 :]
+    paces = [(later.time - sooner.time) / (later.step - sooner.step) for sooner, later in pairwise(recent)]
+    return statistics.median(paces) if len(paces) >= 2 else math.nan
+
+
 def _is_full(record: PeerRecord) -> bool:
     return record.peers_met >= record.peers_expected and (record.applied or record.peers_expected == 1)
 
@@ -461,16 +427,3 @@ def _full_share(history: Sequence[StepSummary]) -> float:
 
 def _or(value: float, otherwise: float) -> float:
     return value if math.isfinite(value) else otherwise
-
-
-def _peer_figures(record: PeerRecord, contributions: Mapping[str, int]) -> PeerFigures:
-    same = {field.name for field in fields(PeerFigures)} & set(record.__fields__)
-    told = {name: getattr(record, name) for name in same}
-    told |= {name: public_name(told[name]) for name in ("name", "version", "device")}
-    told |= {"reason": public_line(record.reason, MAX_REASON), "samples": record.samples_total}
-    return PeerFigures(
-        **told,
-        role=record.role,
-        alone=record.alone,
-        contribution=contributions.get(record.peer_id, record.samples_total),
-    )

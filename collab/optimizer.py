@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import hivemind
 import torch
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress, ProgressTracker
-from hivemind.utils import get_dht_time
+from hivemind.utils import ValueWithExpiration, get_dht_time
 from torch.optim.lr_scheduler import LambdaLR
 
 from collab.adamw import AdamW8bit
@@ -154,9 +155,12 @@ class Tracker(ProgressTracker):
     DHT's process then takes 7 % of a busy peer's CPU time, with this 1 %.
     """
 
-    def __init__(self, *args: Any, start: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, start: bool, lag: int = 0, **kwargs: Any) -> None:
+        self.lag = lag
+        """Steps that peers count before they are averaged: 1 with delayed averaging."""
         self.trainers_step = -1
-        """The global step that the most advanced trainer has made, by its report; -1 if there is none."""
+        """The global step that most trainers have made, by their reports; -1 if there is none. With an even number of
+        them this peer's own step is one more voice."""
         self.call_seconds: float | None = None
         """How long this peer takes for a micro-batch, usually; None before the first one."""
         self.is_alone = True
@@ -234,19 +238,38 @@ class Tracker(ProgressTracker):
 
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         self.trainers_step = -1
-        if isinstance(metadata, dict):  # those who train; not who only helps
-            metadata = {
-                key: entry
-                for key, entry in metadata.items()
-                if entry.value is not None and entry.value["samples_per_second"] > 0
-            }
-            self.trainers_step = max((entry.value["epoch"] for entry in metadata.values()), default=-1)
+        if isinstance(metadata, dict):
+            told = {key: entry for key, entry in metadata.items() if entry.value is not None}
+            # those who train; not who only helps
+            trainers = {key: entry for key, entry in told.items() if entry.value["samples_per_second"] > 0}
+            steps = [entry.value["epoch"] for entry in trainers.values()]
+            if steps:
+                self.trainers_step = int(median(steps if len(steps) % 2 else [*steps, self.local_progress.epoch]))
+            metadata = self._bounded(trainers, told)
         progress = super()._parse_swarm_progress_data(metadata)
         is_listed = isinstance(metadata, dict) and self._local_public_key in metadata
         self.is_alone = progress.num_peers <= is_listed
         if progress.num_peers and not is_listed and self.local_progress.samples_accumulated:
             progress.num_peers += 1  # this peer's first record is still on its way
         return progress
+
+    def _bounded(self, trainers: dict[Any, Any], told: dict[Any, Any]) -> dict[Any, Any]:
+        """The trainers' records, none of them further than a second peer bears out.
+
+        Upstream follows the most advanced peer, whatever it says: one that reports global step 1e9 had all others
+        download states instead of training. A peer that is the only other one is believed.
+        """
+        others = {key: entry.value["epoch"] for key, entry in told.items() if key != self._local_public_key}
+        if sum(key in trainers for key in others) < 2:
+            return trainers
+        furthest = sorted([*others.values(), self.local_progress.epoch])[-2] + self.lag
+        bounded = {}
+        for key, entry in trainers.items():
+            if entry.value["epoch"] > furthest:  # its samples are not for this step
+                known = entry.value | {"epoch": furthest, "samples_accumulated": 0}
+                entry = ValueWithExpiration(known, entry.expiration_time)
+            bounded[key] = entry
+        return bounded
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.should_report_progress.urgent = True
@@ -859,6 +882,7 @@ def make_optimizer(
         tracker_opts=dict(
             metadata_expiration=settings["metadata_expiration"],
             private_key=peer.private_key,
+            lag=int(settings["delay_grad_averaging"]),
             # Late news of the end of a step have to come before the others have lost their patience.
             max_refresh_period=news_seconds,
             default_refresh_period=news_seconds,

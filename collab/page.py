@@ -10,10 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 from collab.public_text import public_line, public_name
-from collab.view import SHOWN_ROUNDS, LossAt, PeerView, Round, RunView, verdict
-
-__all__ = ["PeerView", "Round", "RunView", "curve_svg", "loss_in_words", "public_name", "render_page", "verdict"]
-
+from collab.view import SHOWN_ROUNDS, LossAt, PeerView, RunView, verdict
 
 REFRESH_SECONDS = 5
 CURVE_POINTS = 240  # more than this many steps are averaged in groups: a screen shows no more, and the page stays small
@@ -144,11 +141,10 @@ def _header(run: RunView) -> str:
 
 
 def _figures(run: RunView) -> str:
-    last = run.history[-1] if run.history else None
-    wait = run.seconds_to_next_step
+    wait, speed = run.seconds_to_next_step, run.samples_per_second
     rows = [
         ("Loss", _number(run.loss)),
-        ("Samples per second", f"{last.samples_per_second:,.0f}" if last else "–"),
+        ("Samples per second", "–" if speed is None else f"{speed:,.0f}"),
         ("Next step in", "–" if wait is None or run.finished else _duration(wait)),
         ("Samples in all", _short(run.samples)),
         ("Tokens in all", _short(run.swarm.get("tokens"))),

@@ -55,7 +55,7 @@ class PageServer(Background):
         self.address: str | None = None
         """Where the page is; None while it is not served."""
         self._host, self._port, self._tell = host, port, tell
-        self._app = page_app(look, fill_mask)
+        self._app = page_app(look, fill_mask, self._note_failure)
         self._server: uvicorn.Server | None = None
         self._serving: threading.Thread | None = None
         self.start()
@@ -117,8 +117,11 @@ def listen(host: str, port: int) -> socket.socket:
     )
 
 
-def page_app(look: Callable[[], RunView], fill_mask: FillMask) -> Starlette:
-    """The page's four addresses: `/`, `/status.json`, `/metrics` and `/fill-mask`."""
+def page_app(look: Callable[[], RunView], fill_mask: FillMask, note_failure: Callable[[Exception], None]) -> Starlette:
+    """The page's four addresses: `/`, `/status.json`, `/metrics` and `/fill-mask`.
+
+    :param note_failure: called with what a good question has failed for.
+    """
     view = Shared(look)
 
     def answer(request: Request, make: Callable[[RunView], str], media_type: str) -> Response:
@@ -160,6 +163,8 @@ def page_app(look: Callable[[], RunView], fill_mask: FillMask) -> Starlette:
         try:
             found = await run_in_threadpool(fill_mask.answer, text)
         except Refused as refused:
+            if refused.__cause__ is not None:
+                note_failure(refused)
             return refuse(refused.status, str(refused))
         guesses = [{"word": guess.word, "probability": guess.probability} for guess in found.guesses]
         return JSONResponse({"global_step": found.step, "guesses": guesses}, headers=HEADERS)

@@ -29,10 +29,11 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
+from collab.archive import Archive, Saved
 from collab.background import Background
 from collab.checkpoint import CARD, CONFIG, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS, TRAINER_STATE, WEIGHTS
 from collab.errors import UserError
-from collab.keeper import Keeper, Saved
+from collab.keeper import Keeper
 from collab.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -189,9 +190,8 @@ class Publishing(Background):
     A holder that publishes nothing cannot keep the others from it: whoever has seen nothing new on the Hub since its
     own checkpoint before, and `PATIENCE` seconds after the present one, publishes it too.
 
-    :param folder: where this run's checkpoints are kept. The newest one that a killed process left there is published
-        like any other, and what that process had in its hands is removed.
-    :param swarm_id: of the run; checkpoints of other runs in the folder are left alone.
+    :param archive: this run's checkpoints. The newest one that a killed process left there is published like any other,
+        and what that process had in its hands is removed.
     :param first_pause: seconds before the second attempt; doubles up to five minutes.
     """
 
@@ -200,22 +200,21 @@ class Publishing(Background):
         publisher: Publisher,
         keeper: Keeper,
         lease: Lease,
-        folder: Path,
-        swarm_id: str,
+        archive: Archive,
         first_pause: float = FIRST_PAUSE,
     ) -> None:
         super().__init__("Publishing", PERIOD)
         self.published: Published | None = None
         """The newest one that this peer knows of."""
         self._publisher, self._keeper, self._lease = publisher, keeper, lease
-        self._swarm_id, self._first_pause = swarm_id, first_pause
+        self._swarm_id, self._first_pause = archive.run, first_pause
         self._done = -1  # the step up to which there is nothing left to do for this peer
         self._waits_since = math.inf
         self._attempts = 0
         self._deadline = -math.inf  # set by close(); time.monotonic()
-        for leftover in folder.glob(f"{COPY}*"):
+        for leftover in archive.folder.glob(f"{COPY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        self._left = newest_checkpoint(folder, swarm_id)
+        self._left = archive.newest()
         self.start()
 
     def close(self, timeout: float) -> bool:
@@ -271,15 +270,6 @@ class Publishing(Background):
     def _is_due(self, newest: Saved) -> bool:
         waited = time.monotonic() - self._waits_since > PATIENCE
         return newest.step > self._done and (self._lease.is_mine or waited)
-
-
-def newest_checkpoint(folder: Path, swarm_id: str) -> Saved | None:
-    """The newest checkpoint of a swarm's run that lies in a folder of checkpoints."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        state = _read_state(path / TRAINER_STATE)
-        if state.get("swarm_id") == swarm_id and isinstance(state.get("global_step"), int):
-            return Saved(state["global_step"], path)
-    return None
 
 
 def pause_after(error: Exception, attempts: int, first: float = FIRST_PAUSE) -> float:

@@ -39,6 +39,8 @@ PAUSE_SECONDS = 1.0  # between two checks of one answering peer: strangers must 
 SUGGESTED_PORT = 31337
 TRANSPORT = re.compile(r"/tcp/\d{1,5}|/udp/\d{1,5}/quic(-v1)?")
 
+REMEMBERED_SECONDS = 10.0
+
 Verdict = Literal["reachable", "unreachable", "unknown"]
 
 PROBLEMS = {
@@ -105,6 +107,18 @@ def start_peer(
         peer.close()
         raise
     return peer
+
+
+def start_or_return(remembered: Path, **options: Any) -> Peer:
+    """`start_peer` through whom this peer knew when it ran last, if none is given and any of those is there.
+
+    :param remembered: a file of their addresses; it need not exist.
+    """
+    if not options.get("initial_peers") and remembered.exists():
+        again = {"initial_peers": remembered.read_text().split(), "startup_timeout": REMEMBERED_SECONDS}
+        with contextlib.suppress(UserError):
+            return start_peer(**options | again)
+    return start_peer(**options)
 
 
 def check_reachability(peer: Peer, timeout: float = 20.0, even_on_loopback: bool = False) -> Reachability:

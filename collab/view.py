@@ -3,14 +3,19 @@
 import json
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from hivemind.optim.progress_tracker import GlobalTrainingProgress
+
 from collab.background import Health
+from collab.console import bar, duration
 from collab.events import Event
 from collab.metrics import PeerRecord
+from collab.monitor import Monitor, StepSummary
 from collab.public_text import public_line, public_name
 
 SHOWN_ROUNDS = 40
@@ -153,6 +158,11 @@ class RunView:
         """Of the last round in which anybody reported one."""
         return next((r.loss for r in reversed(self.history) if r.loss is not None and math.isfinite(r.loss)), None)
 
+    @property
+    def samples_per_second(self) -> float | None:
+        """Of all peers together, while they compute, in the last round."""
+        return self.history[-1].samples_per_second if self.history else None
+
 
 def verdict(met: int, expected: int) -> Verdict:
     """How a round went: everybody who was expected met, some did, or the peer was alone although others were there."""
@@ -185,13 +195,79 @@ def peer_views(records: Sequence[PeerRecord]) -> list[PeerView]:
     return sorted(views, key=lambda peer: (-peer.samples, peer.name))
 
 
-def time_left(history: Sequence[AnyRound], max_steps: int | None) -> float | None:
-    """Seconds to the end at the pace of the last rounds; None as long as there is no pace."""
-    recent = history[-SHOWN_ROUNDS:]
-    if max_steps is None or len(recent) < 2 or recent[-1].step <= recent[0].step:
-        return None
-    pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
-    return max(pace * (max_steps - recent[-1].step), 0.0)
+def look(
+    monitor: Monitor,
+    progress: GlobalTrainingProgress | None = None,
+    *,
+    started: float,
+    finished: bool = False,
+    **more: Any,
+) -> RunView:
+    """The run as a monitor sees it now.
+
+    :param progress: towards the next step, as an optimizer's tracker sees it.
+    :param started: when the run began if it has no history yet, in seconds since 1970.
+    :param more: the fields of `RunView` that no monitor knows.
+    """
+    now = monitor.view(progress)
+    return RunView(
+        **more,
+        started=monitor.history[0].time if monitor.history else started,
+        updated=time.time(),
+        global_step=now.step,
+        max_steps=now.last_step,
+        finished=finished,
+        history=list(monitor.history),
+        peers=peer_views(monitor.live),
+        samples=now.samples,
+        seconds_to_next_step=None if finished else _known(now.seconds_to_next_step),
+        seconds_to_end=_known(now.seconds_to_end),
+        swarm=now.as_numbers(),
+    )
+
+
+def live_line(run: RunView) -> str:
+    """What is going on between two steps, for a console, with the time left for the whole run."""
+    share, last = run.swarm.get("step_progress"), run.history[-1] if run.history else None
+    if share is None or not math.isfinite(share):
+        return "Waiting for the first trainer ..."
+    line = f"step {run.global_step + 1}/{run.max_steps} {bar(share)} {share:4.0%}"
+    if last is not None:
+        line += f"  loss {last.loss:.3f}" if last.loss is not None else ""
+        line += f"  {last.samples_per_second:.0f} samples/s  peers {last.peers_met}/{last.peers_expected}"
+    return line + (f"  {duration(run.seconds_to_end)} left" if run.seconds_to_end is not None else "")
+
+
+def step_line(made: StepSummary, last_step: int, started: float) -> str:
+    """A global step, for a console.
+
+    :param started: when the program did, in seconds since 1970.
+    """
+    alone = f"  {made.peers_alone} ALONE" if made.peers_alone else ""
+    return (
+        f"{duration(made.time - started):>9}  step {made.step:>4}/{last_step}  loss {made.loss:.3f}  "
+        f"{made.samples_per_second:5.0f} samples/s  peers {made.peers_met}/{made.peers_expected}{alone}"
+    )
+
+
+def sum_up(history: Sequence[StepSummary], run: RunView, peers: int, began: float) -> dict[str, Any]:
+    """What `summary.json` says of a run.
+
+    :param peers: that have given samples.
+    :param began: when the program did, in seconds since 1970.
+    """
+    return {
+        "peers": peers,
+        "global_steps": run.global_step,
+        "first_loss": round(history[0].loss, 4) if history else None,
+        "last_loss": round(history[-1].loss, 4) if history else None,
+        "samples": run.samples,
+        "rounds_averaged": sum(s.peers_averaged == s.peers and s.peers_met > 1 for s in history),
+        "rounds_alone": sum(s.peers_alone for s in history),
+        "wall_seconds": round(run.updated - began, 1),
+        "checkpoint": run.checkpoint,
+        "join_command": run.join_command,
+    }
 
 
 def as_json(run: RunView) -> str:
@@ -230,13 +306,13 @@ def as_prometheus(run: RunView) -> str:
     last = run.history[-1] if run.history else None
     roles = {role: sum(peer.role == role for peer in run.peers) for role in ("trainer", "client")}
     verdicts = [verdict(r.peers_met, r.peers_expected) for r in run.history[-SHOWN_ROUNDS:]]
-    speed = sum(peer.samples_per_second for peer in run.peers)
     families: list[tuple[str, str, str, list[tuple[dict[str, str], float | None]]]] = [
         ("global_step", "gauge", "Global steps that are complete.", [({}, run.global_step)]),
         ("max_global_steps", "gauge", "Where the run ends.", [({}, run.max_steps)]),
         ("loss", "gauge", "Training loss of the last step, in nats.", [({}, run.loss)]),
         ("samples_total", "counter", "Samples averaged into the model.", [({}, run.samples)]),
-        ("samples_per_second", "gauge", "Of all live peers together, while they compute.", [({}, speed)]),
+        ("samples_per_second", "gauge", "Of all peers together, while they compute.",
+         [({}, run.samples_per_second)]),
         ("peers", "gauge", "Live peers by role.", [({"role": role}, count) for role, count in roles.items()]),
         ("slow_peers", "gauge", "Live peers below a quarter of the median speed.",
          [({}, sum(peer.slow for peer in run.peers))]),
@@ -282,6 +358,10 @@ def _public(run: RunView) -> RunView:
         events=[replace(event, text=public_line(event.text)) for event in run.events],
         swarm={name: run.swarm.get(name) for name in OF_SWARM},
     )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 import unicodedata
@@ -38,6 +39,7 @@ from collab.view import (  # noqa: E402
     RunView,
     as_json,
     from_json,
+    look,
     peer_views,
     verdict,
 )
@@ -105,8 +107,8 @@ class Swarm:
         """The run now. The peers come from their own signed records, the rest from an auxiliary peer if one answers."""
         records = read_records(self._peer, self._manifest.settings["run_id"])
         self._monitor.update(records)
-        known = self._ask_auxiliary() or self._seen()
-        return replace(known, peers=peer_views(self._monitor.live))
+        known = self._ask_auxiliary()
+        return replace(known, peers=peer_views(self._monitor.live)) if known else self._seen()
 
     def _ask_auxiliary(self) -> RunView | None:
         for peer_id in self._auxiliaries:
@@ -118,19 +120,15 @@ class Swarm:
 
     def _seen(self) -> RunView:
         settings = self._manifest.latest
-        step = max([record.step for record in self._monitor.live], default=0)
-        return RunView(
+        seen = look(
+            self._monitor,
             run_id=settings["run_id"],
             task=settings["task"],
             started=self._began,
-            updated=time.time(),
-            global_step=step,
-            max_steps=settings["max_global_steps"],
-            finished=False,
-            history=list(self._monitor.history),
-            peers=[],
             join_command=join_command(self._peer, self._manifest) if not self._peer.client_mode else None,
         )
+        said = [record.step for record in self._monitor.live] or [0]  # a step is complete seconds after it is heard of
+        return replace(seen, global_step=max(seen.global_step, statistics.median_low(said)))
 
 
 def coloured(terminal: bool) -> bool:
@@ -241,7 +239,8 @@ def _progress(run: RunView) -> list[str]:
     figures = []
     if run.loss is not None:
         figures.append(f"loss {run.loss:.3f}")
-    figures.append(f"{sum(peer.samples_per_second for peer in run.peers):,.0f} samples/s")
+    if run.samples_per_second is not None:
+        figures.append(f"{run.samples_per_second:,.0f} samples/s")
     if run.samples:
         figures.append(f"{run.samples:,} samples in all")
     if run.seconds_to_next_step is not None:

@@ -1,11 +1,13 @@
 """What the tests of several folders share."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.browser import Browser, find_chromium
 from tasks.mlm.corpus import embedded_documents
 from tokenizer.train import train_tokenizer
 
@@ -53,3 +55,12 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]
     folder = tmp_path_factory.mktemp("tokenizer") / "trained"
     train_tokenizer(corpus + 20 * (BENGALI + ARABIC), folder, vocab_size=2048)
     return folder
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    if (program := find_chromium()) is None:
+        pytest.skip("NOT TESTED: the page in a browser, because there is no Chromium. apt-get install chromium")
+    with Browser(program) as browser:
+        yield browser

@@ -219,6 +219,7 @@ class MaskedLM:
 
     def card_metadata(self) -> dict[str, Any]:
         return {
+            "library_name": "transformers",
             "pipeline_tag": "fill-mask",
             "datasets": sorted({source.hub for source in _sources(self.settings) if source.hub}),
             "base_model": self._start.repository if self._start else None,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -504,14 +505,20 @@ def test_a_round_begins_with_a_deadline_although_there_was_no_early_search_or_it
         assert searches == [None] if begins else searches == []
 
 
-def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
-    """Else it takes the only other peer for itself, and makes its first step alone."""
+def bare_tracker(lag: int = 0) -> Tracker:
     tracker = Tracker.__new__(Tracker)
     threading.Thread.__init__(tracker)
     tracker.__dict__.update(
-        target_batch_size=64, min_refresh_period=0.5, max_refresh_period=10.0, expected_drift_peers=3, prefix="ours",
-        expected_drift_rate=0.2, status_loglevel=0, performance_ema=PerformanceEMA(alpha=0.1), _local_public_key=b"me",
+        target_batch_size=64, min_refresh_period=0.5, max_refresh_period=10.0, default_refresh_period=3.0,
+        expected_drift_peers=3, expected_drift_rate=0.2, status_loglevel=0, performance_ema=PerformanceEMA(alpha=0.1),
+        prefix="ours", lag=lag, _local_public_key=b"me",
     )  # fmt: skip
+    return tracker
+
+
+def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
+    """Else it takes the only other peer for itself, and makes its first step alone."""
+    tracker = bare_tracker()
     record = LocalTrainingProgress(
         peer_id=b"me", epoch=4, samples_accumulated=8, samples_per_second=1.0, client_mode=False, time=get_dht_time()
     )
@@ -522,6 +529,85 @@ def test_a_newcomer_counts_itself_before_its_record_is_there() -> None:
     assert tracker._parse_swarm_progress_data({b"me": entry}).num_peers == 1
     tracker.local_progress = record.copy(update={"samples_accumulated": 0})  # an auxiliary peer is not one of them
     assert tracker._parse_swarm_progress_data({b"other": entry}).num_peers == 1
+
+
+@pytest.fixture
+def look() -> Callable[..., Tracker]:
+    """A peer's tracker after it has seen the others' records: `{name: step}`, or `{name: (step, speed)}`."""
+
+    def with_records(own: int, lag: int = 0, *, reports: bool = True, **others: Any) -> Tracker:
+        tracker = bare_tracker(lag)
+
+        def record(step: int, speed: float) -> LocalTrainingProgress:
+            return LocalTrainingProgress(
+                peer_id=b"x", epoch=step, samples_accumulated=8, samples_per_second=speed, client_mode=False,
+                time=get_dht_time(),
+            )  # fmt: skip
+
+        tracker.local_progress = record(own, 1.0)
+        told = {name.encode(): step if isinstance(step, tuple) else (step, 1.0) for name, step in others.items()}
+        told |= {b"me": (own, 1.0)} if reports else {}
+        entries = {name: ValueWithExpiration(record(*said).dict(), 0) for name, said in told.items()}
+        tracker.global_progress = tracker._parse_swarm_progress_data(entries)
+        return tracker
+
+    return with_records
+
+
+LIE = 10**9
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "step"),
+    [
+        (5, {"a": 5, "liar": LIE}, 5),
+        (5, {"a": 6, "b": 6, "liar": LIE}, 6),
+        (5, {"a": 6, "b": 5}, 5),  # which most have not made
+        (4, {"a": 5, "liar": LIE}, 5),
+        (0, {"a": 900}, 900),  # a newcomer, or one that was left behind
+        (7, {"a": 900, "assistant": (900, 0.0)}, 900),
+        (7, {"a": 900, "left behind as well": 7, "assistant": (900, 0.0)}, 900),
+        (7, {"a": 900, "b": 901, "left behind as well": 7}, 900),
+    ],
+)
+def test_no_single_peer_can_say_how_far_the_others_are(look, own, others, step) -> None:
+    """Stock hivemind believes the most advanced one: all others download states instead of training."""
+    tracker = look(own, **others)
+    assert tracker.global_epoch == step
+    assert tracker.global_progress.num_peers == 1 + sum(not isinstance(said, tuple) for said in others.values())
+
+
+def test_samples_of_who_says_to_be_ahead_make_no_step(look) -> None:
+    assert look(5, a=5, liar=5).global_progress.samples_accumulated == 24
+    assert look(5, a=5, liar=LIE).global_progress.samples_accumulated == 16
+
+
+def test_with_delayed_averaging_the_first_to_count_a_step_has_the_others_begin(look) -> None:
+    assert look(5, a=6, b=5).global_epoch == 5
+    assert look(5, lag=1, a=6, b=5).global_epoch == 6 and look(5, lag=1, a=LIE, b=5).global_epoch == 6
+
+
+@pytest.mark.parametrize(
+    ("own", "trainers", "step"),
+    [
+        (3, (), -1),
+        (3, (9,), 9),
+        (9, (3,), 3),
+        (5, (5, LIE), 5),
+        (4, (5, LIE), 5),
+        (5, (0, 5), 5),
+        (5, (6, 5), 5),
+        (6, (6, 5), 6),
+        (0, (LIE, 7, 7), 7),
+        (0, (0, 7, 7), 7),
+        (9, (LIE, 2, 2), 2),
+        (5, (6, 6, 5, 5, 5), 5),
+        (5, (6, 6, 6, LIE), 6),
+    ],
+)
+def test_an_auxiliary_peer_goes_by_the_step_of_most_trainers(look, own, trainers, step) -> None:
+    said = {f"trainer {number}": made for number, made in enumerate(trainers)}
+    assert look(own, reports=False, other=(LIE, 0.0), **said).trainers_step == step
 
 
 def test_who_came_while_a_lone_peer_gathered_its_samples_is_met() -> None:

@@ -2,40 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from collab.page import PeerView, Round, RunView, curve_svg, loss_in_words, render_page, verdict
+from collab.page import curve_svg, loss_in_words, render_page
 from collab.public_text import public_name
-
-NOW = 1_795_000_000.0
-
-
-def rounds(steps: int, met=lambda step: 3) -> list[Round]:
-    return [Round(s, NOW - (steps - s) * 10, 2 + 8 / s, 90.0, met(s), 3, 3) for s in range(1, steps + 1)]
-
-
-def view(**changes) -> RunView:
-    run = RunView(
-        run_id="bengali-albert",
-        task="Masked language modelling",
-        started=NOW - 7200,
-        updated=NOW,
-        global_step=100,
-        max_steps=1000,
-        finished=False,
-        history=rounds(100),
-        peers=[PeerView("laptop", "trainer", 31.5, 1_204_992, 100, 3, 3, 2.08)],
-        join_command="python run_trainer.py --initial_peers /ip4/203.0.113.7/tcp/1/p2p/Qm",
-        checkpoint="runs/bengali-albert/checkpoint-100",
-        tracker="trackio show --project bengali",
-        samples=12_345_678,
-        seconds_to_end=7200.0,
-        seconds_to_next_step=12.4,
-    )
-    return replace(run, **changes)
+from collab.view import PeerView, Round, RunView, verdict
+from tests.runs import rounds, some_run
 
 
 class Page(HTMLParser):
@@ -76,19 +50,19 @@ def words(run: RunView) -> str:
 
 
 def test_the_state_of_the_run_is_in_words():
-    text = words(view())
+    text = words(some_run())
     for expected in (
-        "bengali-albert", "Masked language modelling", "Training", "2 hours ago", "Step 100 of 1,000",
-        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Samples in all 12.3 M", "Peers now 1",
+        "bengali-albert", "masked language modelling", "Training", "2 hours ago", "Step 100 of 1,000",
+        "about 2 hours left", "10%", "Loss 2.080", "Samples per second 90", "Samples in all 12.3 M", "Peers now 3",
         "Next step in 12 seconds",
-        "1,204,992",
-        "Loss fell from 10.00 at step 1 to 2.080 at step 100.", "run_trainer.py --initial_peers", "checkpoint-100",
+        "peer 2 client, NVIDIA T4 3 of 3",
+        "Loss fell from 10.00 at step 1 to 2.080 at step 100.", "run_trainer.py --initial_peers", "step-0000100",
     ):  # fmt: skip
         assert expected in text, expected
 
 
 def test_nothing_comes_from_the_network():
-    html = render_page(view())
+    html = render_page(some_run())
     addresses = set(re.findall(r"https?://[^\s\"'<>]+", html))
     assert addresses <= {"http://www.w3.org/2000/svg"}, "an SVG name space is not fetched; everything else would be"
     page = Page(html)
@@ -102,7 +76,7 @@ def test_a_name_with_html_in_it_is_shown_as_it_was_typed(name):
     quiet, loud = (
         Page(
             render_page(
-                view(
+                some_run(
                     run_id=n,
                     task=n,
                     peers=[PeerView(n, n, 1.0, 1, 1, 1, 1, 1.0)],
@@ -131,15 +105,15 @@ def test_it_refreshes_while_it_runs_and_rests_when_it_is_over():
     def refreshes(run):
         return any(m.get("http-equiv") == "refresh" for m in Page(render_page(run)).all("meta"))
 
-    assert refreshes(view())
-    over = view(finished=True, peers=[])
+    assert refreshes(some_run())
+    over = some_run(finished=True, peers=[])
     assert not refreshes(over)
     text = words(over)
     assert "Finished" in text and "took 2 hours" in text and "Join" not in text and "left" not in text
 
 
 def test_rounds_are_told_by_height_texture_and_words_not_by_colour_alone():
-    run = view(history=rounds(60, met=lambda step: {58: 2, 59: 1}.get(step, 3)))
+    run = some_run(history=rounds(60, met=lambda step: {58: 2, 59: 1}.get(step, 3)))
     page = Page(render_page(run))
     strip = next(a for a in page.all("div") if a.get("class") == "rounds")
     assert strip["role"] == "img"
@@ -153,28 +127,28 @@ def test_rounds_are_told_by_height_texture_and_words_not_by_colour_alone():
 
 
 def test_a_peer_that_trains_alone_is_named():
-    text = words(view(peers=[PeerView("laptop", "trainer", 9.0, 10, 99, 1, 7, 4.0)]))
+    text = words(some_run(peers=[PeerView("laptop", "trainer", 9.0, 10, 99, 1, 7, 4.0)]))
     assert "1 of 7 ○ alone" in text
     assert (verdict(7, 7), verdict(2, 7), verdict(1, 7), verdict(1, 1)) == ("full", "partial", "alone", "full")
 
 
 def test_a_screen_reader_finds_headings_table_and_descriptions():
-    page = Page(render_page(view()))
+    page = Page(render_page(some_run()))
     identities = [a["id"] for _, a in page.tags if "id" in a]
     assert len(identities) == len(set(identities))
     pointed_at = " ".join(a.get("aria-labelledby", "") for _, a in page.tags).split()
     assert set(pointed_at) <= set(identities)
-    assert [a["scope"] for a in page.all("th")].count("col") == 8 and {"scope": "row"} in page.all("th")
+    assert [a["scope"] for a in page.all("th")].count("col") == 8 + 3 and {"scope": "row"} in page.all("th")
     assert len(page.all("caption")) == len(page.all("table"))
     bar = next(a for a in page.all("div") if a.get("role") == "progressbar")
     assert (bar["aria-valuenow"], bar["aria-valuemax"]) == ("100", "1000") and bar["aria-label"]
 
 
 def test_a_run_that_has_just_begun():
-    text = words(view(global_step=0, history=[], peers=[], max_steps=None))
+    text = words(some_run(global_step=0, history=[], peers=[], max_steps=None))
     assert "Waiting for peers" in text and "No peer has reported a loss yet." in text and "Nobody is here" in text
     assert "no end is set" in text
-    one = words(view(global_step=1, history=rounds(1), seconds_to_end=None))
+    one = words(some_run(global_step=1, history=rounds(1), seconds_to_end=None))
     assert "Loss 10.00 at step 1." in one and "left" not in one
 
 
@@ -199,7 +173,7 @@ def test_any_history_gives_a_curve(losses):
     ET.fromstring(svg)
     assert "nan" not in svg and "inf" not in svg.replace("infinity", "")
     assert len(svg) < 20_000, "a long run makes a heavy page"
-    Page(render_page(view(history=history)))
+    Page(render_page(some_run(history=history)))
 
 
 def test_the_ends_of_a_long_curve_are_exact() -> None:
@@ -208,7 +182,7 @@ def test_the_ends_of_a_long_curve_are_exact() -> None:
     ]
     said = "Loss fell from 10.00 at step 1 to 1.000 at step 9,999."
     assert loss_in_words(history) == said
-    assert words(view(history=history)).count(said) == 5, "in the caption, and in each of four drawings"
+    assert words(some_run(history=history)).count(said) == 5, "in the caption, and in each of four drawings"
 
 
 @pytest.mark.parametrize("losses", [[], [3.0, -1.0, 0.0], [1e-9, 1e9], [3.0], [9.0, 2.1], [2.0001, 2.0], [0.5, 120.0]])

@@ -21,9 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from collab.archive import Archive, Saved
 from collab.errors import UserError
-from collab.keeper import Saved
-from collab.publish import LONGEST_PAUSE, Publisher, Publishing, newest_checkpoint, pause_after
+from collab.publish import LONGEST_PAUSE, Publisher, Publishing, pause_after
 from tests.hub_server import Fault, HubServer
 
 NAME, SWARM = "assembly/model", "run_0123"
@@ -61,7 +61,7 @@ def start(publisher, tmp_path) -> Iterator[Callable[..., Publishing]]:
 
     def start(lease: Any = StubLease, **options: Any) -> Publishing:
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        given: dict[str, Any] = {"folder": tmp_path / "checkpoints", "swarm_id": SWARM, "first_pause": 0.02}
+        given: dict[str, Any] = {"archive": Archive(tmp_path / "checkpoints", SWARM), "first_pause": 0.02}
         publishing = Publishing(publisher, StubKeeper(), lease(), **(given | options))  # type: ignore[arg-type]
         started.append(publishing)
         return publishing
@@ -223,12 +223,12 @@ def test_what_a_killed_process_left_is_published_once_and_its_copies_are_cleared
 
 
 def test_folders_that_are_no_checkpoints_of_this_run_are_not_found(tmp_path):
-    assert newest_checkpoint(tmp_path / "none", SWARM) is None
+    assert Archive(tmp_path / "none", SWARM).newest() is None
     checkpoint(tmp_path / "step-0000005", 5, swarm_id="another")
     (tmp_path / "step-0000007").mkdir()
     (tmp_path / "step-0000008").write_text("a file")
-    assert newest_checkpoint(tmp_path, SWARM) is None
-    assert newest_checkpoint(tmp_path, "another") == Saved(5, tmp_path / "step-0000005")
+    assert Archive(tmp_path, SWARM).newest() is None
+    assert Archive(tmp_path, "another").newest() == Saved(5, tmp_path / "step-0000005")
 
 
 def test_a_checkpoint_that_is_pruned_during_its_upload_arrives_whole(hub, start, tmp_path):

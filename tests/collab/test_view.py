@@ -6,10 +6,27 @@ import re
 from dataclasses import replace
 
 import pytest
+from hivemind.optim.progress_tracker import GlobalTrainingProgress
+from hivemind.utils import get_dht_time
 
 from collab.background import Health
+from collab.console import bar
 from collab.events import Event
-from collab.view import OF_SWARM, PeerView, Round, RunView, as_json, as_prometheus, from_json, peer_views, time_left
+from collab.monitor import Monitor, StepSummary
+from collab.page import render_page
+from collab.view import (
+    OF_SWARM,
+    PeerView,
+    Round,
+    RunView,
+    as_json,
+    as_prometheus,
+    from_json,
+    live_line,
+    look,
+    peer_views,
+    step_line,
+)
 from tests.collab.test_monitor import record
 
 RUN = RunView(
@@ -107,6 +124,32 @@ def test_a_slow_peer_is_slow_beside_the_others() -> None:
     assert {view.samples_per_second: view.slow for view in views} == {40.0: False, 44.0: False, 9.0: True}
 
 
-def test_time_left_goes_by_the_last_rounds() -> None:
-    assert time_left(RUN.history, 10) == 70.0
-    assert time_left(RUN.history[:1], 10) is None and time_left(RUN.history, None) is None
+def summary(step: int, **known: float) -> StepSummary:
+    return StepSummary.from_metrics({"step": step, "loss": 2.0, "samples": 64, "time": 1000.0 + 20 * step} | known)
+
+
+def test_the_console_says_what_the_page_says() -> None:
+    seen = replace(RUN, seconds_to_end=70.0, swarm={"step_progress": 0.5})
+    assert live_line(seen) == f"step 4/10 {bar(0.5)}  50%  loss 3.000  80 samples/s  peers 3/3  1:10 min left"
+    assert "about 70 seconds left" in render_page(seen)
+    assert "left" not in live_line(replace(seen, seconds_to_end=None))
+    waiting = replace(RUN, history=[], swarm={"step_progress": math.nan})
+    assert live_line(waiting) == "Waiting for the first trainer ..."
+
+
+def test_what_a_monitor_sees_is_the_view() -> None:
+    monitor = Monitor([summary(step) for step in (1, 2, 3)], last_step=10)
+    monitor.live = [record("asha", 3)]
+    progress = GlobalTrainingProgress(3, 32, 64, 1, 0, get_dht_time() + 60.0, 0.0)
+    seen = look(monitor, progress, run_id="bengali", task="masked language modelling", started=5.0)
+    assert (seen.started, seen.global_step, seen.max_steps, seen.samples) == (1020.0, 3, 10, 192)
+    assert seen.seconds_to_end == 140.0 and 50.0 < (seen.seconds_to_next_step or 0.0) <= 60.0
+    assert seen.swarm["step_progress"] == 0.5 and [peer.name for peer in seen.peers] == ["name of asha"]
+    assert look(monitor, progress, run_id="x", task="x", started=5.0, finished=True).seconds_to_next_step is None
+    unknown = look(Monitor(), run_id="x", task="x", started=5.0)
+    assert (unknown.started, unknown.seconds_to_end, unknown.seconds_to_next_step) == (5.0, None, None)
+
+
+def test_a_step_that_was_made_alone_is_loud_in_the_console() -> None:
+    assert "ALONE" not in step_line(summary(3), 10, started=0.0)
+    assert "step    3/10" in (line := step_line(summary(3, peers_alone=2), 10, started=0.0)) and "2 ALONE" in line

@@ -1,4 +1,4 @@
-"""A page that is really served, a checkpoint to try, and a headless Chromium to look with."""
+"""A page that is really served, and a checkpoint to try."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,43 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
 
-from collab.background import Health
-from collab.events import Event
 from collab.fill_mask import FillMask
 from collab.page_server import PageServer
-from collab.view import PeerView, Round, RunView
-from scripts.browser import Browser, find_chromium
+from tests.runs import some_run
 from tests.swarm.processes import wait_until
 
 FIRST_PORT = 18484
-
-
-def some_run(peers: int = 3) -> RunView:
-    now = time.time()
-    return RunView(
-        run_id="bengali-albert",
-        task="masked language modelling",
-        started=now - 7200,
-        updated=now,
-        global_step=100,
-        max_steps=1000,
-        finished=False,
-        history=[Round(s, now - (100 - s) * 10, 2 + 8 / s, 90.0, 2 if s == 97 else 3, 3, 3) for s in range(1, 101)],
-        peers=[
-            PeerView(f"peer {i}", "client" if i % 3 else "trainer", 31.5 + i, 1000 * i, 100, 3, 3, 2.1, "NVIDIA T4",
-                     0.02, 3 * 2**30, slow=i == 2) for i in range(peers)
-        ],
-        join_command="python run_trainer.py --initial_peers /ip4/203.0.113.7/tcp/31337/p2p/QmRunOrganizer",
-        checkpoint="runs/bengali-albert/checkpoints/step-0000100",
-        tracker="trackio show --project bengali-albert",
-        can_fill_mask=True,
-        samples=409_600,
-        seconds_to_next_step=12.0,
-        seconds_to_end=9000.0,
-        contributors=[(f"peer {i}", 1000 * i) for i in reversed(range(peers))],
-        duties=[Health("Keeping checkpoints", 1, "OSError: disk full", 3.0), Health("Watching the swarm", 0, "", 0.2)],
-        events=[Event(now - 60 * i, "alone" if i == 1 else "joined", f"peer {i} came") for i in range(3)],
-    )  # fmt: skip
 
 
 class Served:
@@ -90,11 +59,3 @@ def serve() -> Iterator[Callable[[FillMask], Served]]:
 @pytest.fixture
 def page(serve: Callable[[FillMask], Served], checkpoint: Path) -> Served:
     return serve(FillMask(lambda: (100, checkpoint), seconds_between=0))
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    if (program := find_chromium()) is None:
-        pytest.skip("NOT TESTED: the page in a browser, because there is no Chromium. apt-get install chromium")
-    with Browser(program) as browser:
-        yield browser

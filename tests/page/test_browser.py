@@ -8,7 +8,8 @@ import pytest
 from collab.events import Event
 from collab.view import PeerView
 from scripts.browser import Browser
-from tests.page.conftest import Served, some_run
+from tests.page.conftest import Served
+from tests.runs import some_run
 
 CONTRAST = """(() => {
   const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -104,7 +105,7 @@ def test_a_stranger_writes_nothing_but_text(browser: Browser, page: Served) -> N
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1000])
 def test_it_can_be_read_on_any_screen(browser: Browser, page: Served, dark: bool, width: int) -> None:
-    page.view = replace(some_run(peers=40), run_id="a_very_long_name_of_a_run_" * 3)
+    page.view = some_run(40, run_id="a_very_long_name_of_a_run_" * 3)
     browser.screen(width, dark=dark)
     browser.open(f"{page.address}/")
     assert browser.run("document.documentElement.scrollWidth") <= width

@@ -16,7 +16,8 @@ import pytest
 from collab.fill_mask import FillMask
 from collab.page_server import OTHER_PORTS, PageServer
 from collab.view import RunView, from_json
-from tests.page.conftest import FIRST_PORT, Served, some_run
+from tests.page.conftest import FIRST_PORT, Served
+from tests.runs import some_run
 from tests.swarm.processes import wait_until
 
 JSON = {"Content-Type": "application/json"}
@@ -95,8 +96,12 @@ def test_a_form_of_another_site_cannot_ask(page: Served) -> None:
 
 def test_without_a_checkpoint_and_with_a_broken_one(serve: Callable[[FillMask], Served], tmp_path: Path) -> None:
     assert fill(serve(FillMask(lambda: None)), "a [MASK]")[0] == 503
-    code, answer = fill(serve(FillMask(lambda: (1, tmp_path))), "a [MASK]")
+    page = serve(FillMask(lambda: (1, tmp_path)))
+    code, answer = fill(page, "a [MASK]")
     assert code == 503 and str(tmp_path) not in answer["error"]
+    health = page.server.health
+    assert health.failures == 1 and "could not answer" in health.last_error and str(tmp_path) not in health.last_error
+    assert fill(page, "no gap")[0] == 400 and page.server.failures == 1, "a bad question is no failure of the page's"
 
 
 def test_many_questions_are_told_to_wait(serve: Callable[[FillMask], Served], checkpoint: Path) -> None:

@@ -5,12 +5,11 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 
 import pytest
 
 from collab.view import from_json
-from scripts.browser import Browser, find_chromium
+from scripts.browser import Browser
 from tests.swarm.conftest import Swarm
 from tests.swarm.processes import LOOPBACK, ROOT
 
@@ -21,14 +20,6 @@ def get(address: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(address, timeout=60) as reply:
         return str(reply.read().decode())
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    if (program := find_chromium()) is None:
-        pytest.skip("NOT TESTED: a run's page in a browser, because there is no Chromium. apt-get install chromium")
-    with Browser(program) as browser:
-        yield browser
 
 
 def status(swarm: Swarm, address: str, *options: str) -> subprocess.CompletedProcess[str]:
