@@ -263,6 +263,7 @@ def main() -> None:
 
         def show(finished: bool = False) -> None:
             lookback.at_peers(monitor.live)
+            lookback.at_connection(lookout.cut_off)
             lookback.at_duties([duty.health for duty in duties])
             if publishing is not None and publishing.published is not None:
                 lookback.at_published(publishing.published.step)
@@ -311,7 +312,9 @@ def main() -> None:
                 duty.stop()
             with contextlib.suppress(OSError, UserError):  # the disk may be full; the swarm shall hear the goodbye
                 show(finished=monitor.step >= settings["max_global_steps"])
-                summary = sum_up(monitor, len(contributions.of_peers), started, keeper.newest, join_line)
+                summary = sum_up(
+                    monitor, len(contributions.of_peers), assistant.rounds, started, keeper.newest, join_line
+                )
                 write_text(run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             trackers.close()
             optimizer.leave()
@@ -464,7 +467,7 @@ def live_line(monitor: Monitor, optimizer: SwarmOptimizer, last_step: int) -> st
     """What is going on between two steps, with the time left for the whole run."""
     progress = optimizer.tracker.global_progress
     if progress.num_peers == 0:
-        return "Waiting for the first trainer ..."
+        return f"Waiting for {'trainers' if monitor.history else 'the first trainer'} ..."
     share = progress.samples_accumulated / progress.target_batch_size
     line = f"step {monitor.step + 1}/{last_step} {bar(share)} {min(share, 1):4.0%}"
     recent = monitor.history[-20:]
@@ -515,7 +518,9 @@ def to_next_step(optimizer: SwarmOptimizer) -> float | None:
     return max(progress.eta_next_epoch - get_dht_time(), 0.0) if progress.num_peers else None
 
 
-def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | None, join_command: str) -> dict[str, Any]:
+def sum_up(
+    monitor: Monitor, peers: int, assisted: int, started: float, checkpoint: Saved | None, join_command: str
+) -> dict[str, Any]:
     """What `summary.json` says of the run."""
     history = monitor.history
     return {
@@ -526,6 +531,7 @@ def sum_up(monitor: Monitor, peers: int, started: float, checkpoint: Saved | Non
         "samples": monitor.samples,
         "rounds_averaged": sum(s.peers_averaged == s.peers and s.peers_met > 1 for s in history),
         "rounds_alone": sum(s.peers_alone for s in history),
+        "rounds_assisted": assisted,
         "wall_seconds": round(time.time() - started, 1),
         "checkpoint": str(checkpoint.folder) if checkpoint else None,
         "join_command": join_command,

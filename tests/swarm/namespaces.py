@@ -30,9 +30,7 @@ class Namespace:
         """Put the link's cable in at this end, or pull it out."""
         run(f"ip -n {self.name} link set {self.device} {'up' if is_in else 'down'}")
 
-    def start(
-        self, swarm: Swarm, name: str, *command: str, environment: Mapping[str, str] | None = None
-    ) -> Program:
+    def start(self, swarm: Swarm, name: str, *command: str, environment: Mapping[str, str] | None = None) -> Program:
         """Start a program of ours in this namespace; it ends with the swarm."""
         program = Program(
             name,

@@ -1,13 +1,15 @@
-"""A lost internet connection loses nothing but time: a real link between two network namespaces goes down for a while."""
+"""A lost internet connection loses nothing but time: the link between two network namespaces goes down for a while."""
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from collab.agreement import spread
 from collab.trackers import read_history
 from tests.collab.test_trackers import trackio_steps
 from tests.hub_server import HubServer
@@ -16,11 +18,11 @@ from tests.swarm.namespaces import Namespace, linked
 from tests.swarm.processes import Program, wait_until
 from tests.swarm.test_publishing import NAME, assert_each_tag_has_one_whole_commit, environment
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
 
 OUTAGE = 40.0  # seconds: longer than metadata_expiration, and than any lease
 AVERAGING_TIMEOUT = 15
-PORT = "/ip4/0.0.0.0/tcp/31337"
+SAME = 1e-3  # relative distance of two models that are one but for the order in which averages were added up
 
 
 @pytest.fixture
@@ -29,14 +31,47 @@ def network() -> Iterator[tuple[Namespace, Namespace]]:
         yield ends
 
 
-def records_of(folder: Path, name: str) -> dict[int, dict[str, float]]:
+def start_auxiliary(
+    swarm: Swarm, place: Namespace, config: Path, *arguments: str, **options: Any
+) -> tuple[Program, str]:
+    """The auxiliary peer, and the address that it tells newcomers."""
+    own = ("--config", str(config), "--run_folder", str(swarm.folder / "run"), "--find_public_ip", "false")
+    fixed = ("--host_maddrs", "/ip4/0.0.0.0/tcp/31337")
+    program = place.start(swarm, "auxiliary", "run_aux_peer.py", *own, *fixed, *arguments, **options)
+    program.wait_for_output("Others join with", timeout=120)
+    return program, (swarm.folder / "run" / "join.txt").read_text().split()[-1]
+
+
+def start_trainer(swarm: Swarm, place: Namespace, name: str, address: str) -> Program:
+    own = ("--public_name", name, "--threads", "1", "--micro_batch_size", "16", "--initial_peers", address)
+    records = {"RECORDS": str(swarm.folder / f"{name}.jsonl")}
+    return place.start(swarm, name, "tests/swarm/trainer_with_record.py", *own, environment=records)
+
+
+def records_of(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     """What a trainer itself has counted, by global step."""
-    file = folder / f"{name}.jsonl"
-    return {entry["step"]: entry for entry in map(json.loads, file.open())} if file.exists() else {}
+    lines = (folder / f"{name}.jsonl").read_text().splitlines() if (folder / f"{name}.jsonl").exists() else []
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
-def history(folder: Path) -> list[dict[str, float]]:
-    return read_history(folder / "run" / "metrics.jsonl")
+def lose_the_link(end: Namespace, made: Callable[[], int], *looked_at: Program) -> range:
+    """Pull the cable out for `OUTAGE` seconds at least; gives the global steps that were begun and made meanwhile."""
+    end.plug(False)
+    cut, before = time.monotonic(), made()
+    for program in looked_at:
+        program.wait_for_output("LOST SIGHT", timeout=120)
+    enough = before + 4
+    wait_until(lambda: time.monotonic() > cut + OUTAGE and made() >= enough, 180, lambda: f"step {made()} of {enough}")
+    after = made()
+    end.plug(True)
+    return range(before + 2, after + 1)
+
+
+def leave(*programs: Program) -> None:
+    for program in programs:
+        program.interrupt()
+    for program in programs:
+        assert program.wait(120) == 0, program.output()
 
 
 def test_an_auxiliary_peer_without_internet_for_a_while_loses_nothing_but_time(
@@ -44,79 +79,94 @@ def test_an_auxiliary_peer_without_internet_for_a_while_loses_nothing_but_time(
 ) -> None:
     cut_off, rest = network
     folder = swarm.folder
-    t0 = time.monotonic()
-    say = lambda what: print(f"{time.monotonic() - t0:6.1f} {what}", flush=True)
     with rest.entered():
         hub = HubServer(host=rest.ip)
     with hub:
         config = swarm.configure(
             max_global_steps=1000, averaging_timeout=AVERAGING_TIMEOUT, save_every=2, report_to=["trackio"]
         )
-        auxiliary = cut_off.start(
-            swarm, "auxiliary", "run_aux_peer.py", "--config", str(config), "--run_folder", str(folder / "run"),
-            "--host_maddrs", PORT, "--find_public_ip", "false", "--repo_id", NAME,
-            environment=environment(hub),
-        )  # fmt: skip
-        auxiliary.wait_for_output("Others join with", timeout=90)
-        say("open")
-        address = (folder / "run" / "join.txt").read_text().split()[-1]
-
-        def trainer(name: str) -> Program:
-            return rest.start(
-                swarm, name, "tests/swarm/trainer_with_record.py", "--public_name", name, "--threads", "1",
-                "--micro_batch_size", "16", "--initial_peers", address,
-                environment={"RECORDS": str(folder / f"{name}.jsonl")},
-            )  # fmt: skip
+        auxiliary, address = start_auxiliary(
+            swarm, cut_off, config, "--repo_id", NAME, "--page_port", "0", environment=environment(hub)
+        )
+        trainers = [start_trainer(swarm, rest, name, address) for name in ("first", "second")]
 
         def made() -> int:
             return max(max(records_of(folder, name), default=0) for name in ("first", "second"))
 
-        trainers = [trainer("first"), trainer("second")]
-        trainers[1].wait_for_output("peers 2/2", timeout=120)
-        say("both train")
+        def published() -> set[int]:
+            return {int(tag.removeprefix("step-")) for tag in hub.repos[NAME].tags} if NAME in hub.repos else set()
+
+        def saved() -> set[int]:
+            return {int(path.name.removeprefix("step-")) for path in (folder / "run" / "checkpoints").glob("step-*")}
+
+        # ---- the connection goes in the middle of an upload, and of everything else
+        wait_until(lambda: len(published()) == 1, 180, auxiliary.output)
         hub.pausing = "PUT /lfs/"
-        wait_until(lambda: NAME in hub.repos and len(hub.repos[NAME].tags) > 0, 120, auxiliary.output)
         hub.paused.clear()
         wait_until(lambda: hub.waiting > 0, 120, auxiliary.output)
-        in_the_air = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*"))
-
-        say(f"cut; in the air: {in_the_air}")
-        cut_off.plug(False)
-        cut_at, before = time.monotonic(), made()
+        in_the_air = max(saved())
+        outage = lose_the_link(cut_off, made, auxiliary, *trainers)
         hub.paused.set()
-        wait_until(lambda: "LOST SIGHT of 2 of 2" in auxiliary.output(), 120, auxiliary.output)
-        say("noticed")
-        wait_until(lambda: time.monotonic() > cut_at + OUTAGE and made() > before + 3, 240, trainers[0].output)
-        after = made()
-        say(f"mend; {before} {after}")
-        cut_off.plug(True)
-        try:
-            auxiliary.wait_for_output("n sight again", timeout=180)
-            say("in sight")
-            wait_until(lambda: history(folder)[-1]["step"] > after, 120, auxiliary.output)
-            say("history")
-            newcomer = trainer("newcomer")
-            newcomer.wait_for_output("peers 3/3", timeout=180)
-            say("newcomer")
-            wait_until(
-                lambda: max(int(tag[5:]) for tag in hub.repos[NAME].tags) > after, 180, auxiliary.output
-            )
-            say("published")
-        finally:
-            for p in swarm.programs:
-                print(p.name, p.output())
-        for program in (*trainers, newcomer, auxiliary):
-            program.interrupt()
-        for program in (*trainers, newcomer, auxiliary):
-            assert program.wait(120) == 0, program.output()
-        say("left")
-        print(sorted(hub.repos[NAME].tags, key=lambda t: int(t[5:])))
+
+        # ---- nobody does anything
+        auxiliary.wait_for_output("n sight again", timeout=120)
+        wait_until(
+            lambda: read_history(folder / "run" / "metrics.jsonl")[-1]["step"] > outage[-1], 120, auxiliary.output
+        )
+        newcomer = start_trainer(swarm, rest, "newcomer", address)
+        newcomer.wait_for_output("peers 3/3", timeout=180)
+        wait_until(lambda: max(published()) > outage[-1], 180, auxiliary.output)
+        leave(*trainers, newcomer, auxiliary)
+        assert in_the_air in published()
         assert_each_tag_has_one_whole_commit(hub)
 
-    whole = history(folder)
-    print((folder / "run" / "status.json").read_text()[:6000])
-    assert [entry["step"] for entry in whole] == list(range(1, len(whole) + 1))
-    assert trackio_steps(folder / "run" / "trackio") == list(range(1, len(whole) + 1))
-    first, second = records_of(folder, "first"), records_of(folder, "second")
-    for s in first:
-        print(s, f"{first[s]['time'] - first[1]['time']:.1f}", first[s]["peers_met"], first[s]["peers_expected"], first[s]["applied"], first[s]["samples"], second.get(s, {}).get("samples"), whole[s-1]["samples"] if s <= len(whole) else None, first[s]["reason"])
+    trained = [records_of(folder, name) for name in ("first", "second")]
+    for records in trained:
+        assert all(records[step]["peers_met"] == 2 for step in outage), "they trained together"
+        times = [records[step]["time"] for step in range(outage[0] - 2, outage[-1] + 1)]
+        assert sum(later - sooner > AVERAGING_TIMEOUT for sooner, later in pairwise(times)) <= 1, times
+
+    history = {entry["step"]: entry for entry in read_history(folder / "run" / "metrics.jsonl")}
+    every = list(range(1, max(history) + 1))
+    assert sorted(history) == every == trackio_steps(folder / "run" / "trackio")
+    for step in outage:
+        assert history[step]["samples"] == sum(records[step]["samples"] for records in trained)
+
+    told = [event["text"] for event in json.loads((folder / "run" / "status.json").read_text())["events"]]
+    assert any(text.startswith("Lost sight of everybody") for text in told), told
+    assert any(text.startswith("In sight of others again") for text in told), told
+    assert json.loads((folder / "run" / "summary.json").read_text())["rounds_assisted"] > outage[0]
+
+
+def test_a_trainer_without_internet_for_a_while_has_the_common_model_again(
+    network: tuple[Namespace, Namespace], swarm: Swarm
+) -> None:
+    cut_off, rest = network
+    config = swarm.configure(max_global_steps=1000, averaging_timeout=AVERAGING_TIMEOUT)
+    auxiliary, address = start_auxiliary(swarm, rest, config, "--page_port", "0")
+    trainers = [start_trainer(swarm, rest, "there", address), start_trainer(swarm, cut_off, "away", address)]
+    for trainer in trainers:
+        trainer.wait_for_output("peers 2/2", timeout=180)
+
+    def records() -> list[dict[int, dict[str, Any]]]:
+        return [records_of(swarm.folder, name) for name in ("there", "away")]
+
+    outage = lose_the_link(cut_off, lambda: max(records()[0]), *trainers)
+    there, away = (trained[min(trained.keys() & set(outage))] for trained in records())
+    assert there["peers_met"] == away["peers_met"] == 1, "each trained on"
+
+    def together() -> list[int]:
+        """Global steps after the outage that both made together."""
+        there, away = records()
+        same = [step for step in sorted(there.keys() & away.keys()) if step > outage[-1]]
+        return [
+            step for step in same if there[step]["applied"] and there[step]["peers_met"] == away[step]["peers_met"] == 2
+        ]
+
+    wait_until(lambda: len(together()) >= 2, 180, lambda: "\n".join(trainer.output() for trainer in trainers))
+    leave(*trainers, auxiliary)
+    there, away = records()
+    for step in together():
+        assert spread([there[step]["sketch"], away[step]["sketch"]]) < SAME
+    steps = [entry["step"] for entry in read_history(swarm.folder / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, max(steps) + 1))
