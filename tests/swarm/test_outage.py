@@ -39,7 +39,9 @@ def start_auxiliary(
     fixed = ("--host_maddrs", "/ip4/0.0.0.0/tcp/31337")
     program = place.start(swarm, "auxiliary", "run_aux_peer.py", *own, *fixed, *arguments, **options)
     program.wait_for_output("Others join with", timeout=120)
-    return program, (swarm.folder / "run" / "join.txt").read_text().split()[-1]
+    line = swarm.folder / "run" / "join.txt"
+    wait_until(line.exists, 10, program.output)
+    return program, line.read_text().split()[-1]
 
 
 def start_trainer(swarm: Swarm, place: Namespace, name: str, address: str) -> Program:
