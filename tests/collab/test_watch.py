@@ -95,7 +95,7 @@ def test_of_two_parts_that_were_apart_the_one_that_is_ahead_keeps_its_model(swar
     mine = watch()
     for step in range(1, 21):
         apart = step - 3 if step < 10 else 6  # still at work on its own, then waiting for a state
-        swarm.says(**{name: (apart, BAD) for name in "abc"})
+        swarm.says(**dict.fromkeys("abc", (apart, BAD)))
         assert not mine.has_strayed(step, GOOD) and mine.doubtful == set()
 
 
