@@ -284,6 +284,7 @@ def accompany(
 
     def show(finished: bool = False) -> RunView:
         lookback.at_peers(monitor.live)
+        lookback.at_connection(lookout.cut_off)
         lookback.at_duties([duty.health for duty in duties])
         if publishing is not None and publishing.published is not None:
             lookback.at_published(publishing.published.step)
@@ -334,7 +335,7 @@ def accompany(
             duty.stop()
         with contextlib.suppress(OSError, UserError):  # the disk may be full; the swarm shall hear the goodbye
             left = show(finished=monitor.step >= settings["max_global_steps"])
-            summary = sum_up(monitor.history, left, len(contributions.of_peers), started)
+            summary = sum_up(monitor.history, left, len(contributions.of_peers), assistant.rounds, started)
             write_text(run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         trackers.close()
         optimizer.leave()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from collab.background import Health
+from collab.console import duration
 from collab.metrics import PeerRecord
 from collab.public_text import public_line, public_name
 
@@ -57,6 +58,7 @@ class Lookback:
         self._steps: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._published = -1
+        self._cut_off_since: float | None = None
 
     def at_peers(self, records: Sequence[PeerRecord]) -> None:
         """Who came, who left, who made a step alone, and whose round was not averaged."""
@@ -77,6 +79,18 @@ class Lookback:
             if duty.failures > self._failures.get(duty.name, 0):
                 self.events.add("failed", f"{duty.name} failed, and goes on: {duty.last_error}")
             self._failures[duty.name] = duty.failures
+
+    def at_connection(self, cut_off: bool) -> None:
+        """Whether this peer has lost sight of everybody (`Lookout.cut_off`), and when that is over."""
+        if cut_off and self._cut_off_since is None:
+            self._cut_off_since = time.monotonic()
+            self.events.add(
+                "note", "Lost sight of everybody: this computer has lost its network, or all others are off"
+            )
+        elif not cut_off and self._cut_off_since is not None:
+            lost_for = duration(time.monotonic() - self._cut_off_since)
+            self._cut_off_since = None
+            self.events.add("note", f"In sight of others again after {lost_for}")
 
     def at_published(self, step: int) -> None:
         """Whether a newer step than before is on the Hub."""

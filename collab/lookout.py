@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 ALONE_ROUNDS = 3
 FIRST_PAUSE = 30.0
 LONGEST_PAUSE = 600.0
+CUT_OFF_PAUSE = 60.0  # nobody at all is in sight: mostly this computer's own connection, which may be back any moment
 LOOKS_PER_LIFETIME = 4
 MISSED_LOOKS = 3  # in a row; a single answer of the DHT may lack records
 LOOK_SECONDS = 15.0
@@ -68,6 +69,11 @@ class Sightings:
         return [*sorted(unseen), *(peer for peer in reversed(self.lost) if peer not in unseen)]
 
     @property
+    def cut_off(self) -> bool:
+        """Whether everybody has vanished at once or one after the other, without a goodbye."""
+        return bool(self._missed) and not self.in_sight
+
+    @property
     def alone(self) -> bool:
         """Whether this peer has been training alone for some time although others live."""
         return self.rounds_alone >= ALONE_ROUNDS
@@ -97,7 +103,8 @@ class Sightings:
         if now < (self._searched + FIRST_PAUSE if is_news else self._search_next):
             return None
         self._searched, self._search_next = now, now + (FIRST_PAUSE if is_news else self._pause)
-        self._pause = min(2 * (FIRST_PAUSE if is_news else self._pause), LONGEST_PAUSE)
+        longest = CUT_OFF_PAUSE if self.cut_off else LONGEST_PAUSE
+        self._pause = min(2 * (FIRST_PAUSE if is_news else self._pause), longest)
         self._said_alone = self.alone
         self.lost += sorted(lost)
         for forgotten in self.lost[:-MAX_SEARCHED]:
@@ -139,6 +146,12 @@ class Lookout(Background):
         """Where those in sight can be dialed; peers that accept no connections have no address."""
         announced, in_sight = self._announced, self._sightings.in_sight
         return sorted(address for peer, some in announced.items() if peer in in_sight for address in some)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether nobody is in sight of those who were, and have not said goodbye: this computer has lost its network,
+        or all of them are off."""
+        return self._sightings.cut_off
 
     def stop(self, timeout: float = 1.0) -> None:
         """Say goodbye: nobody looks for this peer from now on. Takes twice `timeout` seconds at most."""

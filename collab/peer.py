@@ -183,18 +183,36 @@ class Peer:
         """Hand the content of `file` to every peer that asks this one for `name`; it is read anew each time."""
         self.dht.run_coroutine(partial(_serve, name=name, file=file.resolve()))
 
-    def fetch(self, peer_id: str, name: str, timeout: float = 30.0, most_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
+    def fetch(
+        self,
+        peer_id: str,
+        name: str,
+        timeout: float = 30.0,
+        most_bytes: int = MAX_PAYLOAD_BYTES,
+        patience: float | None = None,
+    ) -> bytes:
         """Ask `peer_id` for what it serves under `name`.
 
         The connection itself proves that the answer comes from the holder of that peer id's key (libp2p's handshake).
 
+        :param timeout: seconds for all of it.
         :param most_bytes: a longer answer is not read.
+        :param patience: seconds without a byte after which it is given up; for large answers, where `timeout` has to
+          be long enough for a slow link.
         :raises OSError: the peer cannot be reached, serves nothing under that name, takes longer than `timeout`, or
           says too much.
         """
         with tempfile.TemporaryDirectory(prefix="samiti-") as folder:
             target = Path(folder, "fetched")
-            work = partial(_fetch, peer_id=peer_id, name=name, timeout=timeout, most_bytes=most_bytes, target=target)
+            work = partial(
+                _fetch,
+                peer_id=peer_id,
+                name=name,
+                timeout=timeout,
+                most_bytes=most_bytes,
+                patience=patience,
+                target=target,
+            )
             future = self.dht.run_coroutine(work, return_future=True)
             failure = future.result(timeout + 5.0)
             if failure is not None:
@@ -420,24 +438,38 @@ async def _serve(_dht: DHT, node: DHTNode, name: str, file: Path) -> None:
 
 
 async def _fetch(
-    _dht: DHT, node: DHTNode, peer_id: str, name: str, timeout: float, most_bytes: int, target: Path
+    _dht: DHT,
+    node: DHTNode,
+    peer_id: str,
+    name: str,
+    timeout: float,
+    most_bytes: int,
+    patience: float | None,
+    target: Path,
 ) -> str | None:
     """Returns the reason when it fails: an exception here would also print a traceback in the DHT's process."""
 
     async def receive() -> None:
-        _, reader, writer = await node.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), name)
+        call = node.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), name)
+        _, reader, writer = await asyncio.wait_for(call, patience)
         try:
-            length = int.from_bytes(await reader.readexactly(HEADER_BYTES), "big")
-            if length > most_bytes:
-                raise OSError(f"it announced {length} bytes, more than {most_bytes} are never needed")
-            target.write_bytes(await reader.readexactly(length))
+            left = int.from_bytes(await asyncio.wait_for(reader.readexactly(HEADER_BYTES), patience), "big")
+            if left > most_bytes:
+                raise OSError(f"it announced {left} bytes, more than {most_bytes} are never needed")
+            with target.open("wb") as file:
+                while left:
+                    part = await asyncio.wait_for(reader.read(left), patience)
+                    if not part:
+                        raise OSError(f"the connection ended {left} bytes too early")
+                    file.write(part)
+                    left -= len(part)
         finally:
             writer.close()
 
     try:
         await asyncio.wait_for(receive(), timeout)
     except TimeoutError:
-        return f"no answer within {timeout:.0f} seconds"
+        return f"no answer within {min(timeout, patience or timeout):.0f} seconds, or too slow a one"
     except Exception as error:  # noqa: BLE001 - the reason goes back to the caller, which raises it
         return str(error) or type(error).__name__
     return None

@@ -25,7 +25,8 @@ MAX_KEPT_BYTES = 16 * 2**20  # of 2 * KEPT_STEPS records
 MAX_LINE_BYTES = 4096
 SAID_PER_LIFETIME = 3
 LEAST_LIFETIME = 60.0  # seconds in the DHT: who looks seldom sees the last step of a peer that has left, too
-ASK_SECONDS = 5.0
+ASK_SECONDS = 5.0  # without a byte
+SLOWEST_SECONDS = 60.0  # 4,000 records are 5 MB: 40 s at 1 Mbit/s
 ASKED_AT_ONCE = 8
 
 
@@ -90,7 +91,7 @@ class Reports(Background):
 
 
 def fetch_reports(peer: Peer, trainers: list[str]) -> dict[str, list[PeerRecord]]:
-    """What these trainers have kept, by peer id; those that do not answer within `ASK_SECONDS` are left out.
+    """What these trainers have kept, by peer id; those that do not answer for `ASK_SECONDS` are left out.
 
     The connection proves who answers, and each may speak of itself alone; every record is checked as in the DHT.
 
@@ -99,7 +100,8 @@ def fetch_reports(peer: Peer, trainers: list[str]) -> dict[str, list[PeerRecord]
 
     def ask(trainer: str) -> list[PeerRecord] | None:
         try:
-            return reports_in(peer.fetch(trainer, PROTOCOL, ASK_SECONDS, MAX_KEPT_BYTES), trainer)
+            content = peer.fetch(trainer, PROTOCOL, SLOWEST_SECONDS, MAX_KEPT_BYTES, patience=ASK_SECONDS)
+            return reports_in(content, trainer)
         except OSError as error:
             logger.debug("Trainer %s did not hand out its records: %s", trainer, error)
             return None

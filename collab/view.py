@@ -230,7 +230,7 @@ def live_line(run: RunView) -> str:
     """What is going on between two steps, for a console, with the time left for the whole run."""
     share, last = run.swarm.get("step_progress"), run.history[-1] if run.history else None
     if share is None or not math.isfinite(share):
-        return "Waiting for the first trainer ..."
+        return f"Waiting for {'trainers' if run.history else 'the first trainer'} ..."
     line = f"step {run.global_step + 1}/{run.max_steps} {bar(share)} {share:4.0%}"
     if last is not None:
         line += f"  loss {last.loss:.3f}" if last.loss is not None else ""
@@ -250,10 +250,11 @@ def step_line(made: StepSummary, last_step: int, started: float) -> str:
     )
 
 
-def sum_up(history: Sequence[StepSummary], run: RunView, peers: int, began: float) -> dict[str, Any]:
+def sum_up(history: Sequence[StepSummary], run: RunView, peers: int, assisted: int, began: float) -> dict[str, Any]:
     """What `summary.json` says of a run.
 
     :param peers: that have given samples.
+    :param assisted: rounds that this program has helped with.
     :param began: when the program did, in seconds since 1970.
     """
     return {
@@ -264,6 +265,7 @@ def sum_up(history: Sequence[StepSummary], run: RunView, peers: int, began: floa
         "samples": run.samples,
         "rounds_averaged": sum(s.peers_averaged == s.peers and s.peers_met > 1 for s in history),
         "rounds_alone": sum(s.peers_alone for s in history),
+        "rounds_assisted": assisted,
         "wall_seconds": round(run.updated - began, 1),
         "checkpoint": run.checkpoint,
         "join_command": run.join_command,

@@ -16,6 +16,7 @@ TOLERANCE = 0.01
 of the parameters (measured with int8 at a learning rate of 0.003); a single missed step of that size makes a tenth."""
 
 STEPS_IN_A_ROW = 2
+MOST_BEHIND = 2  # steps; a peer that is further behind was not in this one's rounds, and takes over the newer state
 
 
 KEPT_STEPS = 20
@@ -79,6 +80,10 @@ class Sketches:
 class ModelWatch:
     """Compares the sketches that peers publish with their records, step by step. It never waits for the network.
 
+    Only peers in the same rounds are compared. Of two parts of a swarm that were apart and have met again, the one that
+    is behind takes over the newer state; if it were asked for its vote, and were as large as the other part or larger,
+    that one would wait for a state which nobody has any more, and share its own with nobody.
+
     :param settle_steps: global steps after a takeover in which this peer is not judged. It may have joined with an
       older state; then the next averaging of the parameters mends it.
     :param tolerance: see `TOLERANCE`; raise it if peers take over states although `model_spread` is harmless.
@@ -91,7 +96,7 @@ class ModelWatch:
         self._peer, self._run_id, self._tolerance = peer, run_id, tolerance
         self._mine: dict[int, Sequence[float]] = {}
         self._answer: MPFuture | None = None
-        self._compared_step = 0
+        self._asked_step = self._compared_step = 0
         self._in_a_row = 0
 
     def has_strayed(self, step: int, sketch: Sequence[float]) -> bool:
@@ -106,7 +111,7 @@ class ModelWatch:
             self._compare(self._answer)
             self._answer = None
         if self._answer is None:
-            self._answer = ask_for_records(self._peer, self._run_id)
+            self._answer, self._asked_step = ask_for_records(self._peer, self._run_id), step
         return self._in_a_row >= STEPS_IN_A_ROW
 
     def start_over(self, step: int) -> None:
@@ -118,8 +123,11 @@ class ModelWatch:
         if answer.cancelled() or answer.exception() is not None:
             return
         others = [r for r in records_in(answer.result()) if r.peer_id != self._peer.peer_id]
-        published = Counter(r.step for r in others if r.step in self._mine)
-        step = max(published, key=lambda step: (published[step], step), default=0)
+        published = Counter(r.step for r in others if r.step in self._mine and r.step >= self._asked_step - MOST_BEHIND)
+        if not published:  # whoever it differed from is in other rounds now: nobody is there to judge
+            self.doubtful, self._in_a_row = frozenset(), 0
+            return
+        step = max(published, key=lambda step: (published[step], step))
         if step <= self._compared_step:
             return
         sketches = {r.peer_id: r.sketch for r in others if r.step == step and len(r.sketch) == SKETCH_SIZE}

@@ -59,9 +59,10 @@ class HubServer:
     While `hub.paused` is clear, requests that match `hub.pausing` wait, their bodies read: `hub.waiting` counts them.
 
     :param token: the one token that may write; reading is free.
+    :param host: address to listen on.
     """
 
-    def __init__(self, token: str = "hf_good") -> None:
+    def __init__(self, token: str = "hf_good", host: str = "127.0.0.1") -> None:
         self.token = token
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
@@ -76,9 +77,9 @@ class HubServer:
         self.waiting = 0
         self.lock = threading.Lock()  # commits come one after the other
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer((host, 0), handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{host}:{self._server.server_port}"
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -46,6 +46,14 @@ def test_a_duty_that_fails_again_is_told_again() -> None:
     assert told(events) == 2 * [("failed", "Keeping checkpoints failed, and goes on: OSError: disk full")]
 
 
+def test_a_lost_connection_is_told_once_and_that_it_is_back() -> None:
+    lookback = Lookback(events := Events())
+    for cut_off in (False, True, True, False, False, True):
+        lookback.at_connection(cut_off)
+    lost = ("note", "Lost sight of everybody: this computer has lost its network, or all others are off")
+    assert told(events) == [lost, ("note", "In sight of others again after 0 s"), lost]
+
+
 def test_each_published_step_is_told_once() -> None:
     lookback = Lookback(events := Events())
     for step in (0, 100, 100, 200):

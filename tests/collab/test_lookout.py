@@ -15,6 +15,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from collab.lookout import (
     ALONE_ROUNDS,
+    CUT_OFF_PAUSE,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     MAX_ADDRESSES,
@@ -91,6 +92,24 @@ def test_pauses_have_a_limit() -> None:
     searches = [now for now in range(20_000) if sightings.begin_search(float(now)) is not None]
     pauses = [after - before for before, after in itertools.pairwise(searches)]
     assert pauses[0] == FIRST_PAUSE and max(pauses) == LONGEST_PAUSE == pauses[-1]
+
+
+def test_who_has_lost_everybody_looks_for_them_every_minute() -> None:
+    """It is this computer's own connection, most likely; after hours without it nobody shall wait for ten minutes."""
+    sightings = watching()
+    look(sightings, "one", "two")
+    assert not sightings.cut_off
+    look(sightings, "one", times=MISSED_LOOKS)
+    assert sightings.begin_search(100.0) == {"two"} and not sightings.cut_off
+    look(sightings, times=MISSED_LOOKS)
+    assert sightings.begin_search(200.0) == {"one"} and sightings.cut_off
+    searches = [now - 200 for now in range(201, 8000) if sightings.begin_search(float(now)) is not None]
+    pauses = [after - before for before, after in itertools.pairwise(searches)]
+    assert searches[0] == FIRST_PAUSE and set(pauses) == {CUT_OFF_PAUSE}
+    look(sightings, "one")
+    assert not sightings.cut_off
+    look(sightings, left=("one", "two"))
+    assert not sightings.cut_off, "they have said goodbye"
 
 
 def test_a_peer_that_says_goodbye_is_not_missed() -> None:

@@ -1,6 +1,7 @@
 """A computer's place in the swarm: identity, addresses, files from hand to hand, signed records, clear refusals."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
@@ -10,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hivemind import DHT
+from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
@@ -30,7 +33,7 @@ from collab.metrics import (
     read_records,
     wait_until_saved,
 )
-from collab.peer import Peer, _visible_addresses, peer_id_in, peer_id_of_key
+from collab.peer import HEADER_BYTES, Peer, _visible_addresses, peer_id_in, peer_id_of_key
 from collab.processes import StopSignal
 from tests.collab.conftest import LOOPBACK, daemons, ended
 
@@ -237,6 +240,28 @@ def test_a_peer_that_went_away_is_an_os_error_in_time(pair, tmp_path):
     with pytest.raises(OSError):
         second.fetch(first.peer_id, "ours/file", timeout=3.0)
     assert time.monotonic() - began < 8 + 1
+
+
+async def _serve_slowly(_dht: DHT, node: DHTNode, name: str, parts: int, announced: int) -> None:
+    async def handler(_info: object, _reader: object, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            writer.write(announced.to_bytes(HEADER_BYTES, "big"))
+            for _ in range(parts):
+                await asyncio.sleep(0.4)
+                writer.write(b"part")
+                await writer.drain()
+            await asyncio.sleep(30 if 4 * parts < announced else 0)
+
+    await node.p2p.add_binary_stream_handler(name, handler)
+
+
+def test_a_slow_link_is_waited_for_and_a_silent_peer_is_not(pair):
+    first, second = pair
+    first.dht.run_coroutine(partial(_serve_slowly, name="ours/slow", parts=10, announced=40))
+    first.dht.run_coroutine(partial(_serve_slowly, name="ours/silent", parts=1, announced=40))
+    assert second.fetch(first.peer_id, "ours/slow", timeout=60.0, patience=3.0) == 10 * b"part"
+    with pytest.raises(OSError, match="no answer within 3 seconds"):
+        second.fetch(first.peer_id, "ours/silent", timeout=60.0, patience=3.0)
 
 
 # ---- looking for lost peers --------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def test_the_console_says_what_the_page_says() -> None:
     assert "left" not in live_line(replace(seen, seconds_to_end=None))
     waiting = replace(RUN, history=[], swarm={"step_progress": math.nan})
     assert live_line(waiting) == "Waiting for the first trainer ..."
+    assert live_line(replace(waiting, history=RUN.history)) == "Waiting for trainers ..."
 
 
 def test_what_a_monitor_sees_is_the_view() -> None:

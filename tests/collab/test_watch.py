@@ -90,6 +90,23 @@ def test_the_stray_is_another_one(swarm: Swarm) -> None:
     assert mine.doubtful == {"b"}
 
 
+def test_of_two_parts_that_were_apart_the_one_that_is_ahead_keeps_its_model(swarm: Swarm) -> None:
+    """The one behind takes over the newer state; nobody has the older one any more a step later."""
+    mine = watch()
+    for step in range(1, 21):
+        apart = step - 3 if step < 10 else 6  # still at work on its own, then waiting for a state
+        swarm.says(**dict.fromkeys("abc", (apart, BAD)))
+        assert not mine.has_strayed(step, GOOD) and mine.doubtful == set()
+
+
+def test_a_verdict_ends_when_those_who_gave_it_are_in_other_rounds(swarm: Swarm) -> None:
+    mine, verdicts = watch(), []
+    for step in range(1, 10):
+        swarm.says(a=(min(step, 3), GOOD), b=(min(step, 3), GOOD))
+        verdicts.append(mine.has_strayed(step, BAD))
+    assert verdicts[:5] == [False, False, True, True, True] and not any(verdicts[6:])
+
+
 def test_who_has_taken_over_a_state_is_left_alone_for_a_while(swarm: Swarm) -> None:
     mine = watch(settle_steps=10)
     mine.start_over(step=5)
