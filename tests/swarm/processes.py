@@ -18,9 +18,9 @@ LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
 class Program:
     """One running program with its log file.
 
-    :param environment: added to the test's; libraries read it while they are imported.
+    :param environment: added to the test's.
     :param prefix: what to start it with, such as `ip netns exec NAME`.
-    :param cold: in an interpreter of its own, as people start it; with an environment or a prefix it is in any case.
+    :param cold: in an interpreter of its own, as people start it; with a prefix it is in any case.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Program:
         self.name, self.log = name, log
         self._file = log.open("wb")
         self.process: subprocess.Popen[bytes] | WarmProcess
-        if cold or environment or prefix:
+        if cold or prefix:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, *command],
                 stdout=self._file,
@@ -44,7 +44,7 @@ class Program:
                 env=os.environ | OWN_ENVIRONMENT | dict(environment or {}),
             )
         else:
-            self.process = WarmProcess(command, log)
+            self.process = WarmProcess(command, log, environment or {})
         self.family: dict[int, psutil.Process] = {}
 
     def output(self) -> str:

@@ -1,6 +1,7 @@
 """Programs that start at once: forked off a process which has imported the large libraries, five seconds of work."""
 
 import atexit
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -8,8 +9,10 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import huggingface_hub.constants
 
 ROOT = Path(__file__).resolve().parents[2]
 # None of ours, which tests change by their environment, and not hivemind, whose locks all programs would then share.
@@ -22,9 +25,12 @@ nursery.set_forkserver_preload(LIBRARIES)
 
 
 class WarmProcess:
-    """What `subprocess.Popen` is for a program in an interpreter of its own."""
+    """What `subprocess.Popen` is for a program in an interpreter of its own.
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    :param environment: added to the test's. Of the `LIBRARIES`, huggingface_hub alone hears of it.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         before = dict(os.environ)
         os.environ.update(OWN_ENVIRONMENT)  # some of it is read when the libraries are imported
         try:
@@ -32,7 +38,7 @@ class WarmProcess:
         finally:
             os.environ.clear()
             os.environ.update(before)
-        self._process = nursery.Process(target=run, args=(list(command), str(log)))
+        self._process = nursery.Process(target=run, args=(list(command), str(log), dict(environment)))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -58,13 +64,14 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: list[str], log: str) -> None:
+def run(command: list[str], log: str, environment: dict[str, str]) -> None:
     """Be the program: `python PROGRAM ...` or `python -m MODULE ...`."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]  # they are text files here
-    os.environ.update(OWN_ENVIRONMENT)
+    os.environ.update(OWN_ENVIRONMENT | environment)
+    importlib.reload(huggingface_hub.constants)  # it reads the environment when it is imported
     os.chdir(ROOT)
     multiprocessing.set_start_method("fork", force=True)
     try:
