@@ -111,13 +111,13 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         assert heir["samples"] > published["samples"] > 0
 
         # Alone, so that the next step is the same to the last bit wherever the checkpoint came from.
-        config, records = swarm.configure(max_global_steps=5, averaging_timeout=5), []
+        config, records = swarm.configure(max_global_steps=5, averaging_timeout=2), []
         for name, source in (("from the Hub", "community/test@step-3"), ("from the folder", str(folder))):
             swarm.environment["RECORDS"] = str(swarm.folder / f"{name}.jsonl")
             own = ("--identity_path", str(swarm.folder / "key"), "--threads", "1", "--precision", "float32")
             program = swarm.start(
                 name, "tests/swarm/trainer_with_record.py", "--config", str(config), *own, "--from", source,
-                "--cache_dir", str(swarm.folder / name),
+                "--cache_dir", str(swarm.new_cache(name)),
             )  # fmt: skip
             assert program.wait(180) == 0, program.output()
             lines = (swarm.folder / f"{name}.jsonl").read_text().splitlines()

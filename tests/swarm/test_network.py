@@ -71,7 +71,7 @@ def start(swarm: Swarm, namespace: str, name: str, *command: str) -> Program:
         name,
         [*command, "--cache_dir", str(swarm.cache_dir), "--nat_port_map", "false"],
         swarm.folder / f"{name}.log",
-        prefix=("ip", "netns", "exec", namespace),
+        network=namespace,
     )
     swarm.programs.append(program)
     return program
