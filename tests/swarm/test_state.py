@@ -36,7 +36,8 @@ def test_a_peer_whose_model_strays_takes_over_that_of_the_others(swarm: Swarm) -
 
 
 def test_the_next_trainer_goes_on_where_all_others_have_left(swarm: Swarm) -> None:
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=7, target_batch_size=2048, save_every=2))
+    config = swarm.configure(max_global_steps=7, target_batch_size=2048, save_every=2)
+    auxiliary, address = swarm.start_auxiliary(config)
     first = swarm.start_trainer("first", address)
     auxiliary.wait_for_output("Saved the state of global step")
     first.interrupt()
