@@ -1,5 +1,6 @@
 """A swarm of real programs for a test: `swarm.start(...)`, and everything ends with the test."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,19 +60,26 @@ class Swarm:
         self.programs.append(started)
         return started
 
-    def start_auxiliary(self, config: Path, *arguments: str, run_folder: str = "run") -> tuple[Program, str]:
+    def new_cache(self, name: str) -> Path:
+        """The cache folder of another computer: nothing is in it but the embedded text, which takes seconds to read."""
+        folder = self.folder / name
+        folder.mkdir()
+        shutil.copy(self.cache_dir / "embedded_corpus.json", folder)
+        return folder
+
+    def start_auxiliary(
+        self, config: Path, *arguments: str, run_folder: str = "run", program: str = "run_aux_peer.py"
+    ) -> tuple[Program, str]:
         """The auxiliary peer, and the address that it tells newcomers."""
         folder = self.folder / run_folder
         (folder / "join.txt").unlink(missing_ok=True)
-        program = self.start(
-            "auxiliary", "run_aux_peer.py", "--config", str(config), "--run_folder", str(folder), *arguments
-        )
-        program.wait_for_output("Others join with", timeout=120)
-        wait_until((folder / "join.txt").exists, 10, program.output)
-        return program, (folder / "join.txt").read_text().split()[-1]
+        auxiliary = self.start("auxiliary", program, "--config", str(config), "--run_folder", str(folder), *arguments)
+        auxiliary.wait_for_output("Others join with", timeout=120)
+        wait_until((folder / "join.txt").exists, 10, auxiliary.output)
+        return auxiliary, (folder / "join.txt").read_text().split()[-1]
 
     def start_trainer(self, name: str, address: str, *arguments: str, program: str = "run_trainer.py") -> Program:
-        own = ("--public_name", name, "--threads", "1", "--micro_batch_size", "16")
+        own = ("--public_name", name, "--threads", "1", "--micro_batch_size", "16", "--precision", "float32")
         return self.start(name, program, "--initial_peers", address, *own, *arguments)
 
     def end(self) -> None:

@@ -37,7 +37,7 @@ class Namespace:
             [*command, "--cache_dir", str(swarm.cache_dir), "--nat_port_map", "false"],
             swarm.folder / f"{name}.log",
             environment,
-            prefix=("ip", "netns", "exec", self.name),
+            network=self.name,
         )
         swarm.programs.append(program)
         return program

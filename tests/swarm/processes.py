@@ -18,9 +18,9 @@ LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0", "--nat_port_map", "false")
 class Program:
     """One running program with its log file.
 
-    :param environment: added to the test's; libraries read it while they are imported.
-    :param prefix: what to start it with, such as `ip netns exec NAME`.
-    :param cold: in an interpreter of its own, as people start it; with an environment or a prefix it is in any case.
+    :param environment: added to the test's.
+    :param network: name of the network namespace that it is in; None: the test's.
+    :param cold: in an interpreter of its own, as people start it, and in the test's network.
     """
 
     def __init__(
@@ -29,22 +29,22 @@ class Program:
         command: Sequence[str],
         log: Path,
         environment: Mapping[str, str] | None = None,
-        prefix: Sequence[str] = (),
+        network: str | None = None,
         cold: bool = False,
     ) -> None:
         self.name, self.log = name, log
         self._file = log.open("wb")
         self.process: subprocess.Popen[bytes] | WarmProcess
-        if cold or environment or prefix:
+        if cold:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *command],
+                [sys.executable, *command],
                 stdout=self._file,
                 stderr=self._file,
                 cwd=ROOT,
                 env=os.environ | OWN_ENVIRONMENT | dict(environment or {}),
             )
         else:
-            self.process = WarmProcess(command, log)
+            self.process = WarmProcess(command, log, environment or {}, network)
         self.family: dict[int, psutil.Process] = {}
 
     def output(self) -> str:

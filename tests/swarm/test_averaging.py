@@ -132,8 +132,8 @@ def test_a_peer_that_froze_is_waited_for_once_and_comes_back_with_the_state_of_t
 
 
 def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:
-    swarm.cold = True
     _, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
+    swarm.cold = True
     trainer = swarm.start_trainer("trainer", address)
     trainer.wait_for_output("step 1/1000")
     trainer.interrupt(signal.SIGKILL)

@@ -96,13 +96,15 @@ def test_a_full_disk_stops_the_saving_and_nothing_else(small_disk: Path, swarm: 
 def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> None:
     with HubServer() as hub:
         swarm.environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
-        auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=3, repo_id="community/test"))
+        small = {"target_batch_size": 1024}  # enough for the steps of one trainer
+        config = swarm.configure(max_global_steps=3, repo_id="community/test", **small)
+        auxiliary, address = swarm.start_auxiliary(config)
         trainer = swarm.start_trainer("trainer", address)
         assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
         folder = swarm.folder / "run" / "checkpoints" / "step-0000003"
         published = trainer_state(folder)
 
-        config = swarm.configure(max_global_steps=5)
+        config = swarm.configure(max_global_steps=5, **small)
         auxiliary, address = swarm.start_auxiliary(config, "--from", "community/test@step-3", run_folder="heir")
         trainer = swarm.start_trainer("heir", address)
         assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
@@ -111,13 +113,13 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         assert heir["samples"] > published["samples"] > 0
 
         # Alone, so that the next step is the same to the last bit wherever the checkpoint came from.
-        config, records = swarm.configure(max_global_steps=5, averaging_timeout=5), []
+        config, records = swarm.configure(max_global_steps=5, averaging_timeout=2, **small), []
         for name, source in (("from the Hub", "community/test@step-3"), ("from the folder", str(folder))):
             swarm.environment["RECORDS"] = str(swarm.folder / f"{name}.jsonl")
             own = ("--identity_path", str(swarm.folder / "key"), "--threads", "1", "--precision", "float32")
             program = swarm.start(
                 name, "tests/swarm/trainer_with_record.py", "--config", str(config), *own, "--from", source,
-                "--cache_dir", str(swarm.folder / name),
+                "--cache_dir", str(swarm.new_cache(name)),
             )  # fmt: skip
             assert program.wait(180) == 0, program.output()
             lines = (swarm.folder / f"{name}.jsonl").read_text().splitlines()

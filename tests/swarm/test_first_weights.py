@@ -28,7 +28,7 @@ def published(tmp_path: Path, tokenizer_folder: Path) -> Path:
 
 def test_trainers_begin_with_the_weights_that_only_the_organizer_has(swarm: Swarm, published: Path) -> None:
     config = swarm.configure(max_global_steps=3, learning_rate=1e-9, min_learning_rate=1e-9)  # weights hardly move
-    organizers, swarm.cache_dir = swarm.cache_dir, swarm.folder / "cache of the volunteers"
+    organizers, swarm.cache_dir = swarm.cache_dir, swarm.new_cache("cache of the volunteers")
     others = shutil.ignore_patterns("first_weights")  # of other tests
     shutil.copytree(organizers, swarm.folder / "cache of the organizer", ignore=others, dirs_exist_ok=True)
     auxiliary, address = swarm.start_auxiliary(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.swarm
 
 def test_a_killed_trainer_goes_on_where_it_was_and_another_one_elsewhere(swarm: Swarm) -> None:
     _, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000, target_batch_size=512))
-    cache = swarm.folder / "own_cache"
+    cache = swarm.new_cache("own_cache")
 
     def places() -> list[dict[str, Any]]:
         return [json.loads(file.read_text()) for file in Path(cache, "places").glob("*/*.json")]

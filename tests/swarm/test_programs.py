@@ -109,7 +109,7 @@ def test_precisions_mix_and_the_result_reaches_the_hub_and_wandb(swarm: Swarm) -
         assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repos["community/test"].tree("step-3"))
 
         # Without an auxiliary peer, the published checkpoint is what a trainer can go on from.
-        config = swarm.configure(max_global_steps=4, averaging_timeout=5)
+        config = swarm.configure(max_global_steps=4, averaging_timeout=2)
         resume = ("run_trainer.py", "--config", str(config), "--from")
         heir = swarm.start("heir", *resume, "community/test@step-3")
         assert heir.wait(60) == 0, heir.output()

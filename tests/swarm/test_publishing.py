@@ -45,11 +45,11 @@ def test_an_auxiliary_peer_killed_in_the_middle_of_an_upload_publishes_each_step
 ) -> None:
     with HubServer() as hub:
         swarm.environment = environment(hub)
-        config = swarm.configure(max_global_steps=1000, save_every=2, repo_id=NAME)
+        config = swarm.configure(max_global_steps=1000, target_batch_size=1024, save_every=2, repo_id=NAME)
         hub.pausing = pausing
         hub.paused.clear()
         auxiliary, address = swarm.start_auxiliary(config)
-        swarm.start_trainer("trainer", address)
+        trainer = swarm.start_trainer("trainer", address)
         wait_until(lambda: hub.waiting > 0, 120, auxiliary.output)
         checkpoints = swarm.folder / "run" / "checkpoints"
         assert list(checkpoints.glob(".publishing-*"))
@@ -65,6 +65,7 @@ def test_an_auxiliary_peer_killed_in_the_middle_of_an_upload_publishes_each_step
         assert max(int(tag.removeprefix("step-")) for tag in hub.repos[NAME].tags) >= left
         auxiliary.interrupt()
         assert auxiliary.wait(120) == 0, auxiliary.output()
+        trainer.end()  # it would take half of the computer from what comes now
         assert not list(checkpoints.glob(".publishing-*"))
         assert_each_tag_has_one_whole_commit(hub)
         assert hub.token not in auxiliary.output()
@@ -92,7 +93,7 @@ def fill_mask(hub: HubServer, folder: Path) -> list[str]:
 def test_of_two_auxiliary_peers_one_publishes_until_it_is_killed(swarm: Swarm) -> None:
     with HubServer() as hub:
         swarm.environment = environment(hub)
-        config = swarm.configure(max_global_steps=1000, save_every=2, repo_id=NAME)
+        config = swarm.configure(max_global_steps=1000, target_batch_size=1024, save_every=2, repo_id=NAME)
         first, address = swarm.start_auxiliary(config)
         second = swarm.start(
             "second", "run_aux_peer.py", "--initial_peers", address, "--run_folder", str(swarm.folder / "second"),

@@ -1,6 +1,7 @@
 """A lone trainer that is stopped and goes on from its checkpoint does what it would have done without the break."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,10 @@ def test_a_resumed_trainer_has_the_next_losses_to_the_last_bit(swarm: Swarm) -> 
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
-    def train(name: str, cache: str, *arguments: str, steps: int) -> None:
+    def train(name: str, cache: Path, *arguments: str, steps: int) -> None:
         swarm.environment = {"RECORDS": str(swarm.folder / f"{name}.jsonl")}
         # The peer's id names its place in the data, so that the run that is not stopped needs the same one.
-        own = ("--identity_path", str(swarm.folder / "key"), "--cache_dir", str(swarm.folder / cache), "--threads", "1")
+        own = ("--identity_path", str(swarm.folder / "key"), "--cache_dir", str(cache), "--threads", "1")
         numerics = ("--precision", "float32")  # left out, it is measured, and another one has other losses
         command = ("--config", str(config), *own, *numerics, *arguments)
         program: Program = swarm.start(name, "tests/swarm/trainer_with_record.py", *command)
@@ -33,12 +34,12 @@ def test_a_resumed_trainer_has_the_next_losses_to_the_last_bit(swarm: Swarm) -> 
         program.interrupt()  # most likely in the middle of a global step
         assert program.wait() == 0, program.output()
 
-    checkpoint = swarm.folder / "left"
-    train("whole", "a", steps=40)
-    train("first", "b", "--save_dir", str(checkpoint), steps=12)
+    checkpoint, here = swarm.folder / "left", swarm.new_cache("here")
+    train("whole", swarm.new_cache("of the whole"), steps=40)
+    train("first", here, "--save_dir", str(checkpoint), steps=12)
     left = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    train("same computer", "b", "--from", str(checkpoint), steps=12)
-    train("another computer", "c", "--from", str(checkpoint), steps=12)
+    train("same computer", here, "--from", str(checkpoint), steps=12)
+    train("another computer", swarm.new_cache("elsewhere"), "--from", str(checkpoint), steps=12)
 
     whole = records("whole")[: left + 10]
     assert [record["step"] for record in whole] == list(range(1, left + 11)), "it ended too early to be compared with"

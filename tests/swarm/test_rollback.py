@@ -103,7 +103,7 @@ def test_an_auxiliary_peer_hands_out_and_keeps_the_weights_that_the_swarm_went_b
     wait_until(lambda: len(saved_steps(auxiliary)) > before, 60, auxiliary.output)
     for trainer in trainers:
         trainer.interrupt()
-        assert trainer.wait() == 0, trainer.output()
+    assert [trainer.wait() for trainer in trainers] == [0, 0], [trainer.output() for trainer in trainers]
 
     newcomer = swarm.start_trainer("newcomer", address, "--save_dir", str(swarm.folder / "newcomer"))
     newcomer.wait_for_output("Starting from global step")

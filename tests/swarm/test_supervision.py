@@ -11,7 +11,8 @@ pytestmark = pytest.mark.swarm
 
 
 def test_an_auxiliary_peer_whose_daemon_died_starts_anew_and_its_history_has_no_gap(swarm: Swarm) -> None:
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
+    config = swarm.configure(max_global_steps=1000)
+    auxiliary, address = swarm.start_auxiliary(config, program="tests/swarm/auxiliary_that_notices_soon.py")
     trainer = swarm.start_trainer("trainer", address)
     auxiliary.wait_for_output("step    2/1000")
     children = psutil.Process(auxiliary.process.pid).children(recursive=True)

@@ -9,7 +9,7 @@ from collab.optimizer import SwarmOptimizer, make_optimizer
 from collab.processes import run_program
 from tasks.mlm.task import MaskedLM
 
-RUINED_AT = 28
+RUINED_AT = 20
 healthy_loss = MaskedLM.loss
 optimizers: list[SwarmOptimizer] = []
 ruined = False
