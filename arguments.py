@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from collab.device import PRECISIONS
 from collab.errors import UserError
 from collab.presets import PRESETS, fill_in, follows_rule
+from tasks import find_task
 from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
 from tokenizer.normalizers import NORMALIZERS
 
@@ -78,6 +79,19 @@ class RunArguments:
     task: str = option("mlm", "What is trained: the name of a folder under tasks/.")
     seed: int = option(0, "Seed of the first weights, the order of the data and the masks.")
     max_global_steps: int = option(125_000, "The run ends after this many global steps; the schedule ends there too.")
+    start_from: str | None = option(
+        None,
+        "Start from an existing model: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub "
+        "(hub:ORG/NAME if a folder has that name). Its config takes the place of model_config, and its tokenizer that "
+        "of a trained one. If it is a run's checkpoint, this run goes on at its global step, with its optimizer's "
+        "state; from any other model it takes the weights. See docs/checkpoints.md and docs/models.md.",
+        aliases=["--from"],
+    )
+    from_step_zero: bool = option(
+        False,
+        "Take only the weights, and begin at global step 0, even if what --from names is a run's checkpoint: for "
+        "another corpus or schedule.",
+    )
     precisions: list[str] = option(
         list(PRECISIONS), "Precisions that volunteers may compute in; gradients travel in float32."
     )
@@ -87,6 +101,8 @@ class RunArguments:
         require(
             allowed.isascii() and allowed.isalnum(), "run_id", self.run_id, "a name of letters, digits, '-' and '_'"
         )
+        alone = self.from_step_zero and self.start_from is None
+        require(not alone, "from_step_zero", self.from_step_zero, "false unless start_from (--from) names a model")
         require(self.max_global_steps > 0, "max_global_steps", self.max_global_steps, "at least 1")
         some = bool(self.precisions) and set(self.precisions) <= PRECISIONS.keys()
         require(some, "precisions", self.precisions, "a list of float32, bfloat16 and float16")
@@ -100,19 +116,6 @@ class MLMArguments:
 
     model_config: str = option(
         "tasks/mlm/models/albert_large.json", "JSON file with the model's architecture (transformers' config.json)."
-    )
-    start_from: str | None = option(
-        None,
-        "Start from an existing model: a folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub "
-        "(hub:ORG/NAME if a folder has that name). Its config takes the place of model_config, and its tokenizer that "
-        "of a trained one. If it is a run's checkpoint, this run goes on at its global step, with its optimizer's "
-        "state; from any other model it takes the weights. See docs/checkpoints.md and docs/models.md.",
-        aliases=["--from"],
-    )
-    from_step_zero: bool = option(
-        False,
-        "Take only the weights, and begin at global step 0, even if what --from names is a run's checkpoint: for "
-        "another corpus or schedule.",
     )
     sources: list[YamlMapping] = option(
         [YamlMapping({"embedded": True})],
@@ -153,8 +156,6 @@ class MLMArguments:
     )
 
     def __post_init__(self) -> None:
-        alone = self.from_step_zero and self.start_from is None
-        require(not alone, "from_step_zero", self.from_step_zero, "false unless start_from (--from) names a model")
         require(len(self.sources) > 0, "sources", self.sources, "a list with at least one source")
         make_cleaner(self.cleaning)  # refuses what it does not know
         require(self.normalizer in NORMALIZERS, "normalizer", self.normalizer, f"one of {', '.join(NORMALIZERS)}")
@@ -168,6 +169,25 @@ class MLMArguments:
         require(steps >= 0, "seq_length_warmup_steps", steps, "0 or more")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "at least 1")
+
+
+@dataclass
+class ImageArguments:
+    """The image classification task: its model and pictures."""
+
+    _argument_group_name = "its model and pictures, with task: image_classification (agreed)"
+
+    image_model: str = option(
+        "tasks/image_classification/models/small_cnn.json",
+        "JSON file with the architecture (transformers' config.json of any model for image classification that has no "
+        "batch normalisation).",
+    )
+    dataset: str = option(
+        "digits",
+        "digits (scikit-learn's 1,797 hand-written digits, no download), ORG/NAME on the Hugging Face Hub "
+        "(uoft-cs/cifar10), or a folder that `datasets` opens: with a column of pictures of one size, one of classes, "
+        "and the splits train and test.",
+    )
 
 
 @dataclass
@@ -273,6 +293,12 @@ class SwarmArguments:
         False, "Average gradients in the background as well, which makes them one step old; needs delay_optimizer_step."
     )
     delay_state_averaging: bool = option(False, "Average parameters in the background, while training goes on.")
+    local_updates: bool = option(
+        False,
+        "Each trainer steps with its own gradient after every micro-batch. Once in target_batch_size samples of all, "
+        "parameters are averaged in the background instead of gradients (local SGD). For first experiments; models "
+        "differ between two averagings, and the swarm does not go back after a jump of the loss.",
+    )
 
     def __post_init__(self) -> None:
         require(self.target_batch_size > 0, "target_batch_size", self.target_batch_size, "at least 1")
@@ -297,6 +323,8 @@ class SwarmArguments:
             self.delay_optimizer_step or not self.delay_grad_averaging,
             "delay_grad_averaging", self.delay_grad_averaging, "false unless delay_optimizer_step is true",
         )  # fmt: skip
+        local = self.local_updates
+        require(not (local and self.delay_optimizer_step), "local_updates", local, "false with delay_optimizer_step")
 
 
 # ---- each peer's own ---------------------------------------------------------------------------------------------
@@ -469,7 +497,9 @@ class AuxArguments:
         require(self.repo_id is None or self.repo_id.count("/") == 1, "repo_id", self.repo_id, "ORG/NAME")
 
 
-AGREED: tuple[type, ...] = (RunArguments, MLMArguments, OptimizerArguments, SwarmArguments)
+TASK_ARGUMENTS: dict[str, type] = {"mlm": MLMArguments, "image_classification": ImageArguments}
+"""The arguments that each task has for itself."""
+AGREED: tuple[type, ...] = (RunArguments, *TASK_ARGUMENTS.values(), OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
     "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps",
     "learning_rate", "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every",
@@ -548,12 +578,21 @@ def pick(cls: type[T], given: Mapping[str, Any]) -> T:
 
 def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that peers have to agree on, defaults filled in: the settings of the run manifest."""
-    known = {"preset": OptimizerArguments.preset, **given}
+    known = {"preset": OptimizerArguments.preset, "task": RunArguments.task, **given}
+    task = known["task"]
+    find_task(task)  # refuses one that there is not
+    for other, cls in TASK_ARGUMENTS.items():
+        foreign = sorted({f.name for f in fields(cls)} & given.keys()) if other != task else []
+        if foreign:
+            raise UserError(
+                f"{', '.join(foreign)} belongs to the task {other}; this run's task is {task}. Leave it out."
+            )
     require(known["preset"] in PRESETS, "preset", known["preset"], f"one of {', '.join(PRESETS)}")
     for cls in (RunArguments, SwarmArguments):
         pick(cls, known)  # refuses a batch or a length that nothing can be made of
     filled = fill_in(known, known.get("max_global_steps", RunArguments.max_global_steps))
-    settings = {key: value for cls in AGREED for key, value in vars(pick(cls, filled)).items()}
+    classes = RunArguments, TASK_ARGUMENTS[task], OptimizerArguments, SwarmArguments
+    settings = {key: value for cls in classes for key, value in vars(pick(cls, filled)).items()}
     return dict(json.loads(json.dumps(settings)))  # as it will look to peers that receive it
 
 

@@ -59,6 +59,7 @@ from collab.recorder import Presence, Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from collab.view import STATUS, STATUS_PROTOCOL, RunView, as_json, live_line, look, step_line, sum_up
+from collab.watch import weights_agree
 from tasks import find_task
 
 POLL_SECONDS = 0.5
@@ -84,7 +85,7 @@ def main() -> None:
         console.line(f"Preparing the run {settings['run_id']} ...")
         began = time.monotonic()
         files = find_task(settings["task"]).prepare(settings, cache_dir)
-        console.line(f"Tokenizer and model config are ready after {duration(time.monotonic() - began)}")
+        console.line(f"The files of the run are ready after {duration(time.monotonic() - began)}")
     if network.identity_path is None and (mine.run_folder or "run_id" in given):
         # the same peer id, and with a fixed port the same join line, after a restart
         network.identity_path = str(run_folder / "identity.key")
@@ -210,7 +211,7 @@ def accompany(
                 "tokens": monitor.tokens,
                 "sketch": sketch(task.model.parameters()),
                 "checks": checks,
-                "sources": settings["sources"],
+                "data": task.description()["Data"],
                 "settings": settings,
                 "version": CODE_VERSION,
             },
@@ -261,7 +262,7 @@ def accompany(
         every=mine.save_every,
         last_step=lambda: settings["max_global_steps"],
         timeout=settings["averaging_timeout"],
-        compare=not settings["delay_optimizer_step"],  # else peers publish their weights at different moments
+        compare=weights_agree(settings),
     )  # fmt: skip
     presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
 

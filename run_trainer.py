@@ -49,7 +49,7 @@ from collab.selftest import self_test
 from collab.speed import Speed, count_flops, peak_flops
 from collab.step import TrainingStep, checkpoint_layers, possible_ways
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
-from collab.watch import ModelWatch
+from collab.watch import ModelWatch, weights_agree
 from tasks import Batches, find_task
 from tasks.loader import Loader
 
@@ -265,15 +265,14 @@ def main() -> None:
                 random = random_state()
                 lookout.after_round(report)
                 loss_sum, weights, samples = 0.0, 0, 0
-                if not settings["delay_optimizer_step"]:  # else peers publish their weights at different moments
+                if weights_agree(settings):
                     strayed = watch.has_strayed(step, record.sketch)
                     optimizer.state_averager.doubtful = watch.doubtful
                     if strayed:
                         optimizer.reload("this peer's model is another one than most have", astray=True)
 
             # ---- leave: what was begun of the next global step comes again, with the same masks and dropout
-            if settings["delay_optimizer_step"]:
-                optimizer.finish()
+            optimizer.finish()
             if step >= settings["max_global_steps"]:
                 console.line(f"The run is complete after {step} global steps; handing over the last state ...")
                 wait_until_saved(peer, run_id, step, timeout=2 * settings["averaging_timeout"], stop=stop)

@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "delay_optimizer_step": False,
     "delay_grad_averaging": False,
     "delay_state_averaging": False,
+    "local_updates": False,
 }
 
 
@@ -204,7 +205,7 @@ def main() -> None:
                 if not report.applied:
                     by_step.pop(report.step - 1, None)  # the step was made without these samples
             stop.wait(max(0.0, turn_began + options.pace - time.monotonic()))
-        if settings["delay_optimizer_step"] and assistant is None:
+        if assistant is None:
             optimizer.finish()
         cpu = {name: seconds - cpu_before.get(name, 0.0) for name, seconds in cpu_by_process().items()}
         wall = time.monotonic() - began

@@ -453,6 +453,12 @@ def _three_things(said: object) -> Sequence[object]:
     return said if isinstance(said, list | tuple) and len(said) == 3 else (None, None, None)
 
 
+class Gathered(dict[PeerID, Any]):
+    """What the peers of a round of parameters have said, as upstream returns it, and what the round was."""
+
+    tally: RoundTally
+
+
 class _Snapshot(list[torch.Tensor]):
     """The tensors of a state as it was at one moment."""
 
@@ -516,6 +522,36 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     def donor(self) -> str:
         """The peer whose state was downloaded last; empty before that."""
         return self._donor.value.decode()
+
+    def step(self, **kwargs: Any) -> Any:
+        """Upstream's, but for steps of this peer alone (local updates): they are made here, at once.
+
+        Upstream makes each of them wait for the averaging that goes on in the background, because a condition is
+        the wrong way round (`should_wait`, optim/state_averager.py:370), and leaves a lone peer's schedule where it is.
+        """
+        if not (self.delta_rule_averaging and kwargs.get("optimizer_step")) or kwargs.get("averaging_round"):
+            return super().step(**kwargs)
+        super().step(apply_delayed_updates=True)
+        with self.lock_optimizer:
+            self._update_scheduler()
+            self.optimizer.step()
+
+    def _load_local_tensors_into_averager_(self) -> None:
+        with self.lock_optimizer:  # not in the middle of a step
+            super()._load_local_tensors_into_averager_()
+
+    def _apply_averaging_results_(self) -> None:
+        with self.lock_optimizer:  # a newcomer downloads nothing half applied
+            super()._apply_averaging_results_()
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> Gathered:
+        gathered = Gathered(await super()._aggregate_with_group(group_info, min_vector_size, **kwargs))
+        modes, said = zip(*(self.serializer.loads(data)[1:3] for data in group_info.gathered), strict=True)
+        trained = [_samples(self.serializer.loads(data)) for data in said]
+        trainers = [mode != AveragingMode.AUX.value for mode in modes]
+        assert self._tally is not None
+        gathered.tally = replace(self._tally, samples=float(sum(compress(trained, trainers))))
+        return gathered
 
     def hold_state(self, step: int) -> None:
         """Offer the state as it is now to newcomers whom no trainer answers, from now on and whatever comes.
@@ -659,6 +695,14 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         if not tensor.isfinite().all():
             raise ValueError("there are NaN or infinite values in it")
         return tensor
+
+
+def _samples(said: object) -> float:
+    """With local updates, what a peer says that it has trained on since the last round; a stranger may say anything."""
+    match said:
+        case [int(), int() | float() as samples] if samples >= 0 and math.isfinite(samples):
+            return float(samples)
+    return 0.0
 
 
 def _whole(parts: list[Any]) -> torch.Tensor:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 OPTIMIZER_TENSORS, OPTIMIZER_STRUCTURE = "optimizer.safetensors", "optimizer.json"
 TRAINER_STATE = "trainer_state.json"
+OF_RUN = (TRAINER_STATE, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS)
+"""What a checkpoint of a run has beside a model's own files."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = 1  # raise it when an older Samiti could misread what a newer one writes
 
@@ -126,9 +128,8 @@ def begin_from_checkpoint(model: torch.nn.Module, settings: Mapping[str, Any], c
     name = settings["start_from"]
     if name is None or settings["from_step_zero"]:
         return None
-    of_run = (TRAINER_STATE, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS)
-    folder = find_checkpoint(name, cache_dir, (CONFIG, WEIGHTS, *of_run))
-    if not all((folder / part).exists() for part in of_run):
+    folder = find_checkpoint(name, cache_dir, (CONFIG, WEIGHTS, *OF_RUN))
+    if not all((folder / part).exists() for part in OF_RUN):
         return None
     found = load_checkpoint(folder)
     step, last = found.trainer_state.get("global_step"), settings["max_global_steps"]

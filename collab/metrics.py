@@ -113,8 +113,9 @@ class PeerRecord(BaseModel):
         told = [f"{share:.0%} for {what}" for what, share in waits.items() if share >= TOLD_WAIT]
         waited = f"  waited {' and '.join(told)}" if told else ""
         peak = f" ({self.mfu:.0%} of the peak)" if self.mfu else ""
+        unit = "samples" if self.tokens == self.samples else "tokens"  # pictures have none
         return (
-            f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.tokens_per_second:,.0f} tokens/s{peak}  "
+            f"step {self.step}/{last_step}  loss {self.loss:.3f}  {self.tokens_per_second:,.0f} {unit}/s{peak}  "
             f"peers {self.peers_met}/{self.peers_expected}{traffic}  {self.samples_total:,} samples given"
             f"{waited}{verdict}"
         )

@@ -49,7 +49,7 @@ def model_card(
         EvalResult(
             task_type=str(metadata.get("pipeline_tag") or "other"),
             dataset_type="held-out",
-            dataset_name="Text of the run's sources that nobody trained on",
+            dataset_name="Data of the run that nobody trained on",
             metric_type=kind,
             metric_name=name,
             metric_value=round(value, 4),

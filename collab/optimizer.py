@@ -22,7 +22,7 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 from torch.optim.lr_scheduler import LambdaLR
 
 from collab.adamw import AdamW8bit
-from collab.averager import Averager, RoundTally, StateAverager
+from collab.averager import Averager, Gathered, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
@@ -294,6 +294,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     average_state_every: int
     _has_checkpoint = False  # a state to go on from if nobody hands out a newer one
     _failed_loads = 0  # in a row
+    _state_round: StepControl | None = None  # with local updates: the latest, until there is a verdict on it
+    _state_round_seconds = 0.0
     pause: Callable[[float], object] = staticmethod(time.sleep)
     """Waits so many seconds; a program that wants to leave at once meanwhile gives another one."""
 
@@ -328,7 +330,10 @@ class SwarmOptimizer(hivemind.Optimizer):
         :param weight: of the micro-batch among those of this peer; None: its samples (`batch_size`). Peers among each
           other count by samples.
         """
-        self.grad_averager.weight = weight
+        if self.auxiliary:
+            self.tracker.report_presence(self.local_epoch)
+        if self.grad_averager is not None:
+            self.grad_averager.weight = weight
         return super().step(*args, **kwargs)
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> Tracker:
@@ -363,20 +368,53 @@ class SwarmOptimizer(hivemind.Optimizer):
         Upstream lets a peer that is one step behind make that step from its own gradient (optim/optimizer.py:640): a
         newcomer would step with its first micro-batch, and its optimizer state would differ from then on. Only with
         delayed averaging is being one behind normal: there the others count a step when its averaging begins. (Once in
-        each step upstream calls it out of sync there, too: steps as short as rounds then chased each other.)
+        each step upstream calls it out of sync there, too: steps as short as rounds then chased each other.) With local
+        updates it is, too: what this peer has learnt since comes into the next average.
         """
-        normal = int(self.delay_grad_averaging)
+        normal = int(self.delay_grad_averaging or self.use_local_updates)
         return self._must_reload or self.local_epoch < self.tracker.global_epoch - normal
 
     def _maybe_schedule_gradient_averaging(self) -> None:
         self.grad_averager.round_number = self.local_epoch + 1
-        if self.auxiliary:
-            self.tracker.report_presence(self.local_epoch)
         if self.tracker.global_progress.num_peers > 1:  # a lone peer need not look for others
             self.grad_averager.call_seconds = self.tracker.call_seconds
             self.grad_averager.wish = self._wish()
             if not self._is_averaging:
                 super()._maybe_schedule_gradient_averaging()
+
+    def _maybe_schedule_state_averaging(self) -> None:
+        if not self.use_local_updates:  # nobody waits for those rounds, so they need not be begun early
+            super()._maybe_schedule_state_averaging()
+
+    def _begin_averaging_state(self) -> None:
+        """With local updates: make room for the next round of parameters, which begins with the next global step."""
+        if self._state_round is not None and not self._state_round.done():
+            self.last_round = None  # there is no verdict on it yet, and no other round beside it
+            return
+        self._judge_state_round()
+        self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
+        if self.tracker.global_progress.num_peers <= 1:
+            self._look_who_is_there()
+        self._expected = max(1, self.tracker.global_progress.num_peers)
+        if self._expected > 1:
+            said = [self._round_step, self.tracker.local_progress.samples_accumulated]
+            control = self.state_averager.schedule_step(gather=said, timeout=self.averaging_timeout)
+            control.add_done_callback(self._note_end_of_state_round)
+            self.scheduled_state = self._state_round = control
+
+    def _note_end_of_state_round(self, control: Any) -> None:
+        self._state_round_seconds = time.monotonic() - self._round_began
+
+    def _judge_state_round(self) -> None:
+        control, self._state_round = self._state_round, None
+        if control is not None:
+            tally, failure = self._finish(control)
+            reason = "" if tally is not None else str(failure) or type(failure).__name__
+            self._report(tally, reason, seconds=self._state_round_seconds)
+        else:
+            self._expected = self._expected if self._round_step else 1  # before the first step there was no other model
+            self._round_step = self._round_step or self.local_epoch + 1
+            self._report(None, "")
 
     @property
     def _is_averaging(self) -> bool:
@@ -458,12 +496,16 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
         average_state_every = self.average_state_every  # `_go_back` can put it off
+        if self.use_local_updates:
+            self._begin_averaging_state()
         try:
             super()._update_global_epoch(grad_scaler)
         finally:
             self.average_state_every = average_state_every
         give_back_freed_memory()
         if self.auxiliary:
+            if self.use_local_updates:
+                self._judge_state_round()
             return
         step, snapshots = self.local_epoch, self.snapshots
         self.spikes.close(step)
@@ -550,7 +592,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     def _finish(self, control: StepControl) -> tuple[RoundTally | None, Exception | None]:
         """Wait for a round to end; gives what it was, and why it does not count if it does not."""
         try:
-            tally: RoundTally = control.result(self.averaging_timeout)
+            result = control.result(self.averaging_timeout)
+            tally: RoundTally = result.tally if isinstance(result, Gathered) else result
         except Exception as error:  # noqa: BLE001 - a round may fail in any way; training outlives it
             if not control.done():
                 control.cancel()
@@ -573,8 +616,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._announce_link()
 
     def _announce_link(self) -> None:
-        for averager in (self.state_averager, self.grad_averager):
+        for averager in self._averagers():
             averager.bandwidth = self.link.mbits  # goes to the others with the next round's request
+
+    def _averagers(self) -> list[Any]:
+        return [each for each in (self.state_averager, self.grad_averager) if each is not None]
 
     def _look_who_is_there(self) -> None:
         """Ask at once how many peers live and how far they are; the tracker does not while updates are paused."""
@@ -600,8 +646,11 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.reload(f"round {self._round_step} was made without this peer")
         self.guard.hold_next = True
 
-    def _report(self, tally: RoundTally | None, reason: str, left_behind: bool = False) -> None:
-        seconds = time.monotonic() - self._round_began
+    def _report(
+        self, tally: RoundTally | None, reason: str, left_behind: bool = False, seconds: float | None = None
+    ) -> None:
+        if seconds is None:
+            seconds = time.monotonic() - self._round_began
         met = len(tally.peers) if tally is not None else 1
         self.last_round = RoundReport(
             step=self._round_step,
@@ -660,7 +709,8 @@ class SwarmOptimizer(hivemind.Optimizer):
                 self.state_averager.local_epoch = self.tracker.global_epoch
                 self.state_averager._update_scheduler()
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
-            self.grad_averager.reset_accumulated_grads_()
+            if self.grad_averager is not None:
+                self.grad_averager.reset_accumulated_grads_()
             self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
                 self.state_averager.allow_state_sharing = False  # until it is checked: `hold_state`
@@ -716,11 +766,12 @@ class SwarmOptimizer(hivemind.Optimizer):
           anew cannot change; `arguments.CHANGEABLE` lists the others.
         """
         self.target_batch_size = self.tracker.target_batch_size = settings["target_batch_size"]
-        self.grad_averager.max_weight = settings["target_batch_size"]
-        self.average_state_every = settings["average_state_every"]
+        if self.grad_averager is not None:
+            self.grad_averager.max_weight = settings["target_batch_size"]
+        self.average_state_every = _average_state_every(settings)
         self.quorum, self.failed_round = settings["quorum"], settings["failed_round"]
         self.guard.max_grad_norm = settings["max_grad_norm"]
-        self.spikes.patience = settings["rollback_after"]
+        self.spikes.patience = _rollback_after(settings)
         self.spikes.start_over()
         if self.snapshots is not None:
             self.snapshots.every = settings["snapshot_every"]
@@ -755,10 +806,10 @@ class SwarmOptimizer(hivemind.Optimizer):
 
         def say_goodbye() -> None:
             self.tracker.shutdown(1.0)
-            for scheduled_round in (self.scheduled_grads, self.scheduled_state):
+            for scheduled_round in (self.scheduled_grads, self.scheduled_state, self._state_round):
                 if scheduled_round is not None and not scheduled_round.done():
                     scheduled_round.cancel()
-            for averager in (self.state_averager, self.grad_averager):
+            for averager in self._averagers():
                 averager.shutdown_timeout = 1.0
                 averager.shutdown()
             if self.snapshots is not None:
@@ -830,10 +881,10 @@ def make_optimizer(
         guard.attach(inner)
         return inner
 
-    delays = settings["delay_optimizer_step"] and not auxiliary
+    delays, local = settings["delay_optimizer_step"] and not auxiliary, settings["local_updates"]
     guard = StepGuard(settings["max_grad_norm"])
     snapshots = None
-    if snapshot_folder is not None and settings["rollback_after"] and not auxiliary:
+    if snapshot_folder is not None and _rollback_after(settings) and not auxiliary:
         snapshots = Snapshots(snapshot_folder, peer.peer_id, settings["snapshot_every"])
     news_seconds = max(PROGRESS_SECONDS, min(HICCUP_SECONDS, settings["matchmaking_time"]) / 2)
 
@@ -845,7 +896,7 @@ def make_optimizer(
     )
     swarm_optimizer = SwarmOptimizer(
         guard=guard,
-        spikes=SpikeGuard(settings["rollback_after"]),
+        spikes=SpikeGuard(_rollback_after(settings)),
         snapshots=snapshots,
         link=Link(bandwidth),
         quorum=settings["quorum"],
@@ -861,17 +912,20 @@ def make_optimizer(
         matchmaking_time=settings["matchmaking_time"],
         averaging_timeout=settings["averaging_timeout"],
         next_chunk_timeout=max(settings["matchmaking_time"], HICCUP_SECONDS),  # upstream: matchmaking_time
-        average_state_every=settings["average_state_every"],
+        average_state_every=_average_state_every(settings),
+        use_local_updates=local,
         delay_optimizer_step=delays,
         delay_grad_averaging=settings["delay_grad_averaging"] and not auxiliary,
-        delay_state_averaging=settings["delay_state_averaging"] or delays,  # which hivemind insists on
+        delay_state_averaging=settings["delay_state_averaging"] or delays or local,  # hivemind insists on the second
         # A step in the background works on a copy of the parameters; hivemind refuses to make it on those in use.
         offload_optimizer=offload_optimizer or delays,
         grad_compression=CODECS[settings["grad_compression"]],
         state_averaging_compression=CODECS[settings["state_compression"]],
         # averager_opts reach only the averager of parameters (optim/optimizer.py:263), so gradients get theirs here.
         # Nobody has to download other peers' gradients: upstream offers them to newcomers beside the state.
-        grad_averager_factory=partial(
+        grad_averager_factory=None
+        if local
+        else partial(
             Averager,
             allow_state_sharing=False,
             max_weight=settings["target_batch_size"],
@@ -882,7 +936,7 @@ def make_optimizer(
         tracker_opts=dict(
             metadata_expiration=settings["metadata_expiration"],
             private_key=peer.private_key,
-            lag=int(settings["delay_grad_averaging"]),
+            lag=int(settings["delay_grad_averaging"] or local),
             # Late news of the end of a step have to come before the others have lost their patience.
             max_refresh_period=news_seconds,
             default_refresh_period=news_seconds,
@@ -893,6 +947,15 @@ def make_optimizer(
     swarm_optimizer.share_state_memory()
     give_back_freed_memory()
     return swarm_optimizer
+
+
+def _average_state_every(settings: Mapping[str, Any]) -> int:
+    return 1 if settings["local_updates"] else int(settings["average_state_every"])
+
+
+def _rollback_after(settings: Mapping[str, Any]) -> int:
+    """What peers want of their losses is said in rounds of gradients, of which there are none with local updates."""
+    return 0 if settings["local_updates"] else int(settings["rollback_after"])
 
 
 def _schedule_of(settings: Mapping[str, Any]) -> Callable[[int], float]:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hivemind.utils import MPFuture
@@ -20,6 +20,14 @@ MOST_BEHIND = 2  # steps; a peer that is further behind was not in this one's ro
 
 
 KEPT_STEPS = 20
+
+
+def weights_agree(settings: Mapping[str, Any]) -> bool:
+    """Whether peers have the same weights when they publish a sketch of them.
+
+    With delayed updates they publish at different moments; with local updates each has learnt something of its own.
+    """
+    return not (settings["delay_optimizer_step"] or settings["local_updates"])
 
 
 class Doubt(Exception):
@@ -63,7 +71,7 @@ class Sketches:
         if step > usual + 1:
             raise TooEarly(f"it says that it is of global step {step}, and most peers have made {usual}")
         if sketch is None:
-            return {"not_compared": "averaging is delayed"}
+            return {"not_compared": "peers have different weights when they publish"}
         votes = {peer: known[step] for peer, known in self._published.items() if step in known}
         to_come = sum(record.step == step - 1 for record in self._live)
         if to_come and len(votes) <= to_come:

@@ -13,8 +13,12 @@ from collab.errors import UserError
 Batch = dict[str, torch.Tensor]
 """The first dimension of each tensor is that of the samples."""
 
-TASKS = {"mlm": "tasks.mlm.task:MaskedLM"}
-"""Name in a run's YAML: where its class is. A new task is one folder and one line here."""
+TASKS = {
+    "mlm": "tasks.mlm.task:MaskedLM",
+    "image_classification": "tasks.image_classification.task:ImageClassification",
+}
+"""Name in a run's YAML: where its class is. A new task is one folder, one line here, and its own arguments in
+arguments.py."""
 
 
 class Batches(Protocol):

@@ -14,7 +14,7 @@ from tasks.mlm.architecture import read_config as read_model_config
 from tasks.mlm.task import MaskedLM
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if read_config(path)["task"] == "mlm"]
 MODELS = sorted((ROOT / "tasks" / "mlm" / "models").glob("*.json"))
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 PUBLISHED = {"base": 12, "large": 18, "xlarge": 60, "xxlarge": 235}  # millions; Lan et al. 2019, table 1

@@ -31,6 +31,7 @@ def commands() -> list[tuple[str, str]]:
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             found += [(page.name, line) for line in block.splitlines() if line.strip()]
+        text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL)
         found += [(page.name, code) for code in re.findall(r"`((?:python|make) [^`]+)`", text.replace("\n", " "))]
     for config in sorted((ROOT / "configs").glob("*.yaml")):
         found += [

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import threading
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -227,3 +228,31 @@ def test_a_state_of_another_shape_or_with_values_that_are_not_finite_is_taken_ov
         for index, shape in ((0, (2, 3)), (1, (7,))):
             with pytest.raises(ValueError, match="NaN or infinite"):
                 donor._sound(torch.full(shape, value), index)
+
+
+@pytest.mark.parametrize(("cls", "waits"), [(TrainingStateAverager, True), (StateAverager, False)])
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_a_step_of_this_peer_alone_does_not_wait_for_the_averaging_in_the_background(cls: Any, waits: bool) -> None:
+    """With local updates the stock one waits: a condition is the wrong way round. Nor does its schedule go on."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    inner = torch.optim.SGD([weight], lr=1.0)
+    waited: list[float] = []
+
+    class Averaging(Future):
+        def result(self, timeout: float | None = None) -> None:
+            waited.append(timeout or 0.0)
+            raise TimeoutError
+
+    averager = cls.__new__(cls)
+    averager.__dict__.update(
+        delta_rule_averaging=True, offload_optimizer=False, reuse_tensors=False, custom_gradients=False,
+        pending_updates={Averaging()}, finished_averaging_round=threading.Event(), status_loglevel=0,
+        finished_optimizer_step=threading.Event(), lock_optimizer=threading.Lock(), _allreduce_timeout=9.0,
+        step_executor=ThreadPoolExecutor(2), optimizer=inner, scheduler=LambdaLR(inner, lambda done: 1 / (1 + done)),
+        local_epoch=3, _parent_pid=0,
+    )  # fmt: skip
+    averager.step(optimizer_step=True)
+    assert waited == ([9.0] if waits else [])
+    assert weight.item() == (0.0 if waits else 0.75), "at the rate of the fourth step, a quarter"
+    averager.step_executor.shutdown()

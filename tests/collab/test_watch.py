@@ -171,4 +171,4 @@ def test_a_state_between_two_polls_is_compared_with_what_was_published_then() ->
 
 def test_what_could_not_be_compared_is_said() -> None:
     assert sketches().check(3, GOOD) == {"not_compared": "no peer had published anything"}
-    assert sketches(a=(3, GOOD)).check(3, None) == {"not_compared": "averaging is delayed"}
+    assert sketches(a=(3, GOOD)).check(3, None) == {"not_compared": "peers have different weights when they publish"}

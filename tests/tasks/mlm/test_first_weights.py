@@ -26,8 +26,7 @@ from transformers import (
     RobertaModel,
 )
 
-from arguments import MLMArguments as Arguments
-from arguments import agreed_settings, parse, pick
+from arguments import RunArguments, agreed_settings, parse, pick
 from collab.errors import UserError
 from tasks.mlm.task import MaskedLM
 from tests.hub_server import HubServer, Repo
@@ -254,8 +253,8 @@ def test_a_model_on_the_hub_is_downloaded_at_its_revision_without_what_is_not_ne
 
 
 def test_the_option_is_called_from_on_the_command_line():
-    given = parse("", (Arguments,), ["--from", "hub:org/name@v2"])
-    assert pick(Arguments, given).start_from == "hub:org/name@v2"
+    given = parse("", (RunArguments,), ["--from", "hub:org/name@v2", "--run_id", "ours"])
+    assert pick(RunArguments, given).start_from == "hub:org/name@v2"
 
 
 def test_a_volunteers_model_config_counts_for_nothing_in_such_a_run(tmp_path, cache_dir, publish):
