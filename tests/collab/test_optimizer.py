@@ -338,7 +338,7 @@ def test_parameters_on_the_cpu_lie_in_shared_memory(build):
 def bare(cls: Any, **attributes: Any) -> Any:
     """An optimizer without its processes, for a single method."""
     optimizer = cls.__new__(cls)
-    optimizer.__dict__.update(dict(_parent_pid=0, auxiliary=False, client_mode=False))
+    optimizer.__dict__.update(_parent_pid=0, auxiliary=False, client_mode=False, grad_averager=SimpleNamespace())
     optimizer.__dict__.update(scheduled_grads=None, scheduled_state=None, spikes=SpikeGuard(0), snapshots=None)
     optimizer.__dict__.update(status_loglevel=0, **attributes)
     return optimizer
