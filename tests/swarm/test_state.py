@@ -10,6 +10,8 @@ from tests.swarm.processes import wait_until
 
 pytestmark = pytest.mark.swarm
 
+ASTRAY = "this peer's model is another one than most have"
+
 
 def test_a_peer_whose_model_strays_takes_over_that_of_the_others(swarm: Swarm) -> None:
     # Without averaging of parameters, which would spread the fault to all.
@@ -23,14 +25,14 @@ def test_a_peer_whose_model_strays_takes_over_that_of_the_others(swarm: Swarm) -
     odd = swarm.start_trainer("odd", address, program="tests/swarm/trainer_that_strays.py")
     odd.wait_for_output("Starting from global step")
     healthy = [swarm.start_trainer(name, address) for name in ("one", "two")]
-    odd.wait_for_output("Took over global step", timeout=180)
+    odd.wait_for_output(ASTRAY, timeout=180)
     wait_until(lambda: max(spread()) > 0.1, 20, lambda: f"the fault did not show: {spread()}")
+    wait_until(lambda: "Took over global step" in odd.output().partition(ASTRAY)[2], 60, odd.output)
     wait_until(lambda: spread()[-1] < 0.01, 60, lambda: f"{spread()}")
     programs = (*healthy, odd, auxiliary)
     for program in programs:
         program.interrupt()
     assert [program.wait(60) for program in programs] == [0] * 4, odd.output()
-    assert "this peer's model is another one than most have" in odd.output()
     for program in healthy:
         assert "another one than most have" not in program.output()
 
