@@ -547,7 +547,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> Gathered:
         gathered = Gathered(await super()._aggregate_with_group(group_info, min_vector_size, **kwargs))
         modes, said = zip(*(self.serializer.loads(data)[1:3] for data in group_info.gathered), strict=True)
-        trained = [_samples(self.serializer.loads(data)) for data in said]
+        trained = [min(_samples(self.serializer.loads(data)), self.max_weight) for data in said]
         trainers = [mode != AveragingMode.AUX.value for mode in modes]
         assert self._tally is not None
         gathered.tally = replace(self._tally, samples=float(sum(compress(trained, trainers))))
@@ -698,7 +698,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
 
 
 def _samples(said: object) -> float:
-    """With local updates, what a peer says that it has trained on since the last round; a stranger may say anything."""
+    """With local updates, what a peer says that it has trained on since the last round; strangers may say anything."""
     match said:
         case [int(), int() | float() as samples] if samples >= 0 and math.isfinite(samples):
             return float(samples)

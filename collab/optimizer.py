@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from collab.adamw import AdamW8bit
 from collab.averager import Averager, Gathered, RoundTally, StateAverager
 from collab.codecs import CODECS
+from collab.errors import UserError
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
 from collab.matchmaking import LeftBehind
@@ -766,8 +767,8 @@ class SwarmOptimizer(hivemind.Optimizer):
           anew cannot change; `arguments.CHANGEABLE` lists the others.
         """
         self.target_batch_size = self.tracker.target_batch_size = settings["target_batch_size"]
-        if self.grad_averager is not None:
-            self.grad_averager.max_weight = settings["target_batch_size"]
+        for averager in self._averagers():
+            averager.max_weight = settings["target_batch_size"]
         self.average_state_every = _average_state_every(settings)
         self.quorum, self.failed_round = settings["quorum"], settings["failed_round"]
         self.guard.max_grad_norm = settings["max_grad_norm"]
@@ -864,7 +865,10 @@ def make_optimizer(
       `load_state_from_peers` has to replace them before the first step.
     :param snapshot_folder: of this computer, for the states that the run can go back to. None: it keeps none, and takes
       over the others' when they go back.
+    :raises UserError: the optimizer is to be offloaded in a run with local updates.
     """
+    if settings["local_updates"] and offload_optimizer:
+        raise UserError("This run makes its steps where the model is (local_updates): leave out --offload_optimizer.")
     for group in param_groups:
         _share_memory(param.data for param in group["params"])  # see SwarmOptimizer.share_state_memory
 
@@ -893,6 +897,7 @@ def make_optimizer(
         request_timeout=_request_timeout(settings["matchmaking_time"]),
         min_vector_size=settings["min_vector_size"],
         progress_key=f"{swarm_id}_progress",
+        max_weight=settings["target_batch_size"],
     )
     swarm_optimizer = SwarmOptimizer(
         guard=guard,
@@ -928,7 +933,6 @@ def make_optimizer(
         else partial(
             Averager,
             allow_state_sharing=False,
-            max_weight=settings["target_batch_size"],
             lag=int(settings["delay_grad_averaging"]),
             **averager_options,
         ),

@@ -30,6 +30,7 @@ import collab.optimizer
 from arguments import OptimizerArguments, agreed_settings
 from collab.adamw import AdamW8bit
 from collab.averager import StateAverager
+from collab.errors import UserError
 from collab.lamb import Lamb
 from collab.link import Link
 from collab.optimizer import (
@@ -311,6 +312,19 @@ def test_requests_time_out_before_matchmaking_does(build, matchmaking_time):
     optimizer = build(one_group(1.0), matchmaking_time=matchmaking_time, averaging_timeout=200.0)
     for options in (optimizer.averager_opts, optimizer.grad_averager_factory.keywords):
         assert 0 < options["request_timeout"] < matchmaking_time
+
+
+def test_local_updates_average_parameters_alone_and_after_every_step(build):
+    """What peers want of their losses is said with gradients, so nothing is gone back to."""
+    groups = one_group(1.0)
+    optimizer = build(groups, local_updates=True, average_state_every=5, rollback_after=10)
+    assert optimizer.use_local_updates and optimizer.grad_averager_factory is None
+    assert optimizer.average_state_every == 1 and optimizer.delay_state_averaging
+    assert optimizer.spikes.patience == 0
+    assert optimizer.averager_opts["max_weight"] == optimizer.target_batch_size, "what one peer can claim"
+    settings = agreed_settings({"run_id": "ours", "local_updates": True})
+    with pytest.raises(UserError, match="leave out --offload_optimizer"):
+        make_optimizer(PEER, groups, settings, swarm_id="ours", offload_optimizer=True)
 
 
 def test_an_auxiliary_peer_delays_nothing(build):
