@@ -591,7 +591,8 @@ def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for cls in (RunArguments, SwarmArguments):
         pick(cls, known)  # refuses a batch or a length that nothing can be made of
     filled = fill_in(known, known.get("max_global_steps", RunArguments.max_global_steps))
-    classes = RunArguments, TASK_ARGUMENTS[task], OptimizerArguments, SwarmArguments
+    its_own = [cls for name, cls in TASK_ARGUMENTS.items() if name == task]
+    classes = RunArguments, *its_own, OptimizerArguments, SwarmArguments
     settings = {key: value for cls in classes for key, value in vars(pick(cls, filled)).items()}
     return dict(json.loads(json.dumps(settings)))  # as it will look to peers that receive it
 

@@ -65,7 +65,7 @@ def model_card(
     )
     names = sorted({public_name(name) for name in peers}, key=str.casefold)
     more = f" and {len(names) - SHOWN_PEERS:,} more" if len(names) > SHOWN_PEERS else ""
-    of_tokens = f", **{tokens:,}** tokens" if tokens is not None else ""
+    of_tokens = f", **{tokens:,}** tokens" if tokens not in (None, samples) else ""  # pictures have none
     parts = [
         f"---\n{head}\n---",
         f"# {_text(run_id)}",
@@ -75,7 +75,7 @@ def model_card(
     ]
     if known:
         figures = ", ".join(f"{name.lower()} **{value:.4f}**" for (_, name), value in known.items())
-        parts.append(f"On text that nobody trained on: {figures}.")
+        parts.append(f"On data that nobody trained on: {figures}.")
     if curve_in_words is not None:
         parts.append(f"![{_text(curve_in_words)}]({CURVE})")
     parts.append(f"## Use it\n\n```python\n{usage.strip()}\n```")

@@ -141,13 +141,13 @@ def _header(run: RunView) -> str:
 
 
 def _figures(run: RunView) -> str:
-    wait, speed = run.seconds_to_next_step, run.samples_per_second
+    wait, speed, tokens = run.seconds_to_next_step, run.samples_per_second, run.swarm.get("tokens")
     rows = [
         ("Loss", _number(run.loss)),
         ("Samples per second", "–" if speed is None else f"{speed:,.0f}"),
         ("Next step in", "–" if wait is None or run.finished else _duration(wait)),
         ("Samples in all", _short(run.samples)),
-        ("Tokens in all", _short(run.swarm.get("tokens"))),
+        *([] if tokens == run.samples else [("Tokens in all", _short(tokens))]),  # pictures have none
         ("Steps an hour", _short(run.swarm.get("steps_per_hour"))),
         ("Peers now", f"{len(run.peers):,}"),
         ("Rounds that were full", _percent(run.swarm.get("full_rounds"))),
