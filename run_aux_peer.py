@@ -175,9 +175,9 @@ def accompany(
     join_line = join_command(peer, manifest)
     console.line(f"\nThe run {run_id} is open. Others join with:\n\n  {join_line}\n")
     write_bytes(run_folder / KEPT, manifest.signed)
-    write_text(run_folder / "join.txt", join_line + "\n")
     notebook = NOTEBOOK.read_text(encoding="utf-8").replace("ADDRESS", " ".join(peer.addresses()))
     write_text(run_folder / NOTEBOOK.name, notebook)
+    write_text(run_folder / "join.txt", join_line + "\n")
 
     # ---- the duties: each goes on by itself, whatever becomes of the others
     def card(step: int, measured: dict[str, float], has_curve: bool) -> str:

@@ -504,7 +504,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         """
         self._loaded = False
         known = self.local_epoch
-        self.local_epoch = known - self.steps_in_flight
+        self.local_epoch = max(0, known - self.steps_in_flight)
         # A call that the averager's process makes.
         self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before, self.last_step], {}))
         try:

@@ -7,6 +7,7 @@ import threading
 import time
 
 import psutil
+from hivemind.averaging.matchmaking import MatchmakingException
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -77,11 +78,16 @@ def show_log() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(handler)
     for theirs in logging.getLogger("hivemind").handlers:
-        theirs.addFilter(_without_traceback)
+        theirs.addFilter(_in_one_line)
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Peers vanish all the time; hivemind logs each lost connection with its whole stack."""
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Peers vanish all the time; hivemind logs each lost connection with its whole stack.
+
+    A round that did not come about is not repeated here at all: its report says why, and the step's line shows that.
+    """
+    if record.exc_info and isinstance(record.exc_info[1], MatchmakingException):
+        return False
     record.exc_info = record.exc_text = None
     return True
 

@@ -138,10 +138,9 @@ class SwarmMatchmaking(Matchmaking):
     async def _request_join_potential_leaders(self, step: StepControl) -> None:
         try:
             await self._meet(step)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for the group gets it, and the round's report tells it
             if not self.assembled_group.done():
                 self.assembled_group.set_exception(error)
-            raise
         finally:
             self._stop_leading()
 

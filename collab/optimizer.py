@@ -387,10 +387,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         if not self.use_local_updates:  # nobody waits for those rounds, so they need not be begun early
             super()._maybe_schedule_state_averaging()
 
+    @property
+    def _is_averaging_state(self) -> bool:
+        return self._state_round is not None and not self._state_round.done()
+
     def _begin_averaging_state(self) -> None:
         """With local updates: make room for the next round of parameters, which begins with the next global step."""
-        if self._state_round is not None and not self._state_round.done():
-            self.last_round = None  # there is no verdict on it yet, and no other round beside it
+        if self._is_averaging_state:
+            self.last_round = None  # the others are ahead: there is no verdict on it yet, and no other round beside it
             return
         self._judge_state_round()
         self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
@@ -498,6 +502,8 @@ class SwarmOptimizer(hivemind.Optimizer):
     def _update_global_epoch(self, grad_scaler: Any) -> None:
         average_state_every = self.average_state_every  # `_go_back` can put it off
         if self.use_local_updates:
+            if self._is_averaging_state and self.tracker.global_epoch <= self.local_epoch:
+                return  # a global step takes a round at least; this peer goes on training meanwhile
             self._begin_averaging_state()
         try:
             super()._update_global_epoch(grad_scaler)

@@ -81,6 +81,7 @@ class Publisher:
             ) from error
         self.repo_id, self.private = repo_id, private
         self._api = HfApi(endpoint=endpoint)
+        self._tagged = -1  # the step of the newest commit whose tag this peer has seen
         disable_progress_bars()  # they would draw over the console line of the run
 
         def impatient() -> Any:
@@ -132,6 +133,8 @@ class Publisher:
             )  # fmt: skip
             return False
         if there < step:
+            if there not in (-1, self._tagged):
+                self._tag(there, head)  # who made this commit may have died before it had its tag
             # Not upload_folder: where hf_xet is installed, huggingface_hub 2.4 spreads a large folder over several
             # commits, and checks the parent of the first one only.
             files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -141,7 +144,12 @@ class Publisher:
                 commit_message=f"Checkpoint of global step {step}",
                 parent_commit=head,
             ).oid
-        self._tag(f"step-{step}", head)
+        if not self._tag(step, head):
+            logger.warning(
+                "The tag step-%d of %s belongs to another run, and stays with it. The checkpoint is on main. To tag "
+                "this run's as well, give it a repository of its own with --repo_id.", step, self.repo_id,
+            )  # fmt: skip
+        self._tagged = step
         return there < step
 
     def _head(self) -> str | None:
@@ -160,17 +168,16 @@ class Publisher:
         except (ValueError, KeyError, TypeError, AttributeError):
             return -1  # somebody else's file of this name
 
-    def _tag(self, tag: str, commit: str | None) -> None:
+    def _tag(self, step: int, commit: str | None) -> bool:
+        """Whether the tag of this step is at this commit now: a tag that stands elsewhere is not moved."""
+        tag = f"step-{step}"
         try:
             self._api.create_tag(self.repo_id, tag=tag, revision=commit)
         except HfHubHTTPError as error:
             if error.response.status_code != TAKEN:
                 raise
-            if self._api.model_info(self.repo_id, revision=tag).sha != commit:
-                logger.warning(
-                    "The tag %s of %s belongs to another run, and stays with it. The checkpoint is on main. To tag "
-                    "this run's as well, give it a repository of its own with --repo_id.", tag, self.repo_id,
-                )  # fmt: skip
+            return self._api.model_info(self.repo_id, revision=tag).sha == commit
+        return True
 
 
 class Published(NamedTuple):

@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,3 +257,17 @@ def test_a_step_of_this_peer_alone_does_not_wait_for_the_averaging_in_the_backgr
     assert waited == ([9.0] if waits else [])
     assert weight.item() == (0.0 if waits else 0.75), "at the rate of the fourth step, a quarter"
     averager.step_executor.shutdown()
+
+
+@pytest.mark.parametrize(("known", "asked"), [(0, 0), (1, 0), (7, 6)])
+def test_with_steps_in_flight_a_state_may_lie_that_far_behind_but_not_before_the_first_step(
+    donor: StateAverager, monkeypatch: pytest.MonkeyPatch, known: int, asked: int
+) -> None:
+    """Others read the global step meanwhile: the length of texts follows it."""
+    seen: list[int] = []
+    monkeypatch.setattr(
+        TrainingStateAverager, "load_state_from_peers", lambda self, **kwargs: seen.append(self.local_epoch)
+    )
+    donor.__dict__.update(local_epoch=known, steps_in_flight=1, _outer_pipe=SimpleNamespace(send=lambda call: None))
+    assert not donor.load_state_from_peers()
+    assert seen == [asked] and donor.local_epoch == known

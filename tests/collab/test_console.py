@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hivemind.averaging.matchmaking import MatchmakingException
 
 from collab.console import Console, bar, duration, show_log
 
@@ -110,6 +111,15 @@ def test_a_lost_connection_is_one_line(as_before):
     except ConnectionResetError:
         logging.getLogger("hivemind.test").warning("a peer is gone", exc_info=True)
     assert log.getvalue() == "a peer is gone\n"
+
+
+def test_a_round_that_did_not_come_about_is_not_told_twice(as_before):
+    """The line of the step says it, with the reason."""
+    log = io.StringIO()
+    logging.getLogger("hivemind").addHandler(logging.StreamHandler(log))
+    show_log()
+    logging.getLogger("hivemind.averaging").error("nobody came", exc_info=MatchmakingException("nobody came"))
+    assert not log.getvalue()
 
 
 @pytest.mark.parametrize("share", [-1.0, 0.0, 0.004, 0.3, 0.5, 0.99, 0.999, 1.0, 7.0, math.nan])

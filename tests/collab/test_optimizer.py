@@ -816,3 +816,21 @@ def test_options_of_averaging_reach_both_averagers(build):
     optimizer = build(one_group(1.0), min_vector_size=1000)
     assert optimizer.averager_opts["min_vector_size"] == 1000
     assert optimizer.grad_averager_factory.keywords["min_vector_size"] == 1000
+
+
+@pytest.mark.parametrize(("goes_on", "others_at", "made"), [(True, 4, 0), (True, 5, 1), (False, 4, 1)])
+def test_with_local_updates_a_global_step_takes_a_round_at_least(monkeypatch, goes_on, others_at, made) -> None:
+    """Steps shorter than rounds had no verdict, and peers left each other's rounds behind; but nobody stays behind."""
+    counted = Calls()
+    monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", counted)
+    optimizer = bare(
+        SwarmOptimizer,
+        state_averager=SimpleNamespace(local_epoch=4),
+        tracker=SimpleNamespace(global_epoch=others_at),
+        grad_averager=None,
+        average_state_every=1,
+        _state_round=SimpleNamespace(done=lambda: not goes_on),
+        _begin_averaging_state=Calls(),
+    )
+    optimizer._update_global_epoch(None)
+    assert counted.number == optimizer._begin_averaging_state.number == made

@@ -222,6 +222,15 @@ def test_what_a_killed_process_left_is_published_once_and_its_copies_are_cleared
     assert again.published.step == 2 and len(hub.repos[NAME].commits) == 1
 
 
+def test_a_commit_that_a_killed_process_could_not_tag_is_tagged_before_the_next_one(hub, publisher, tmp_path, caplog):
+    publisher.publish(checkpoint(tmp_path / "a", 1))
+    killed = hub.repos[NAME].tags.pop("step-1")
+    again = Publisher(NAME, endpoint=hub.url)
+    assert again.publish(checkpoint(tmp_path / "b", 2)) and again.publish(checkpoint(tmp_path / "c", 3))
+    assert list(hub.repos[NAME].tags) == ["step-1", "step-2", "step-3"] and hub.repos[NAME].tags["step-1"] == killed
+    assert not caplog.text
+
+
 def test_folders_that_are_no_checkpoints_of_this_run_are_not_found(tmp_path):
     assert Archive(tmp_path / "none", SWARM).newest() is None
     checkpoint(tmp_path / "step-0000005", 5, swarm_id="another")
