@@ -81,7 +81,7 @@ class Program:
 
     def survivors(self) -> list[str]:
         """Processes of the family that are still there; zombies that only wait for init do not count."""
-        return [" ".join(process.cmdline()) for process in self.family.values() if is_running(process)]
+        return [command for process in self.family.values() if (command := running_command(process))]
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -91,11 +91,12 @@ class Program:
         self._file.close()
 
 
-def is_running(process: psutil.Process) -> bool:
+def running_command(process: psutil.Process) -> str:
+    """The command line of a process; empty if it has ended, also while this looks."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return " ".join([str(process.pid), *process.cmdline()]) if process.is_running() else ""
+    except psutil.NoSuchProcess:  # or a zombie
+        return ""
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, message: Callable[[], str]) -> None:
