@@ -252,8 +252,9 @@ class SwarmMatchmaking(Matchmaking):
         async def look() -> None:
             answer = await self.group_key_manager.dht.get(self.progress_key, latest=True, return_future=True)
             told = {peer: said for peer, said in signed_entries(answer).items() if said is not None}
-            records = [LocalTrainingProgress.parse_obj(said) for said in told.values()]
-            records = [record for record in records if str(PeerID(record.peer_id)) in told]  # nobody speaks for others
+            read = {peer: LocalTrainingProgress.parse_obj(said) for peer, said in told.items()}
+            # Nobody speaks for others.
+            records = [record for peer, record in read.items() if str(PeerID(record.peer_id)) == peer]
             self.roster = draw_up_roster(records, self.peer_id, round_number, self.lag, self._absent)
 
         async def keep_looking() -> None:
