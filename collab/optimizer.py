@@ -325,6 +325,17 @@ class SwarmOptimizer(hivemind.Optimizer):
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
 
+    @property
+    def state(self) -> dict[Any, Any]:
+        """That of the inner optimizer, and the global step. Copies: whoever moves it to a device (Lightning does)
+        would part an offloaded optimizer's state from its parameters."""
+        return {key: dict(value) if isinstance(value, dict) else value for key, value in super().state.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the inner optimizer, which upstream has not."""
+        return dict(self.opt.defaults)
+
     def step(self, *args: Any, weight: float | None = None, **kwargs: Any) -> Any:
         """Count a micro-batch, and make a global step if the swarm has its target batch.
 
