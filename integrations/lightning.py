@@ -12,10 +12,11 @@ import random
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ from hivemind.utils import get_dht_time
 
 from arguments import PeerArguments, SwarmArguments, agreed_settings, checked, pick
 from collab.bandwidth import measure_in_background, serve_bandwidth
+from collab.console import show_log
 from collab.errors import UserError
 from collab.files import write_text
-from collab.initial_state import ParamGroups, params_of, same_over
+from collab.initial_state import ParamGroups, params_of, refuse_unknown_ways, same_over
 from collab.lookout import Lookout
 from collab.manifest import versions_here
 from collab.optimizer import RoundReport, SwarmOptimizer, make_optimizer
 from collab.peer import Peer, peer_id_in
 from collab.processes import guard_children
 from collab.reachability import start_peer
+from collab.schedules import ReplayedSchedule
 from collab.selftest import self_test
 
 try:
@@ -58,6 +61,8 @@ MAX_SCRIPT_BYTES = 16 * 2**20
 ASK_SECONDS = 30.0
 SHOWN_DIFFERENCES, SHOWN_LETTERS = 6, 200
 OWN_CHOICE = {"params", "foreach", "fused", "capturable", "differentiable"}  # of each computer, not of the run
+# The first two say nothing: the script has its own optimizer. Losses of any module may jump by intention.
+UNLESS_GIVEN = {"learning_rate": 1.0, "warmup_steps": 0, "rollback_after": 0}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 UNSUITABLE = {
     callbacks.GradientAccumulationScheduler: "peers accumulate up to target_batch_size together",
@@ -67,7 +72,10 @@ UNSUITABLE = {
     callbacks.BaseFinetuning: "it adds parameters while the swarm trains; give the optimizer all of them at first",
 }
 
-_guard_children = cache(guard_children)  # once in a process
+_guard_children, _show_log = cache(guard_children), cache(show_log)  # once in a process
+
+# Nobody has to: the optimizer of an offloaded copy gets a copy of the schedule.
+warnings.filterwarnings("ignore", message="Seems like `optimizer.step\\(\\)` has been overridden")
 
 
 class SwarmStrategy(SingleDeviceStrategy):
@@ -115,7 +123,7 @@ class SwarmStrategy(SingleDeviceStrategy):
         agreed = {name: value for name, value in options.items() if name not in names}
         agreed |= {"run_id": run_id, "target_batch_size": target_batch_size, "max_grad_norm": max_grad_norm}
         agreed["max_global_steps"] = FOREVER if max_global_steps is None else max_global_steps
-        self.settings = agreed_settings({"rollback_after": 0} | agreed)
+        self.settings = agreed_settings(UNLESS_GIVEN | agreed)
         self.batch_size, self.offload_optimizer = batch_size, offload_optimizer
         self.peer: Peer | None = None
         """This computer's place in the network, while it trains."""
@@ -156,9 +164,13 @@ class SwarmStrategy(SingleDeviceStrategy):
                 '"interval": "step" in configure_optimizers',
                 type(scheduler).__name__,
             )
+        refuse_unknown_ways(partial(same_over, optimizer), optimizer.param_groups)
+        if scheduler is not None:
+            ReplayedSchedule(scheduler)  # refuses what peers cannot share
         script = _script(self.settings, module, optimizer, scheduler)
 
         _guard_children()
+        _show_log()
         self.peer = start_peer(**self.network.peer_options())
         self._going.callback(self.peer.close)
         self_test([self.settings["grad_compression"], self.settings["state_compression"]], self.peer)
