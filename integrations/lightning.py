@@ -182,19 +182,21 @@ class SwarmStrategy(SingleDeviceStrategy):
 
         swarm_id = f"{self.settings['run_id']}_{_fingerprint(script)}"
         before = signal.getsignal(signal.SIGINT)  # hivemind lets it be ignored
-        self.swarm = make_optimizer(
-            self.peer,
-            optimizer.param_groups,
-            self.settings,
-            swarm_id=swarm_id,
-            optimizer=lambda groups: optimizer if _same(groups, optimizer) else same_over(optimizer, groups),
-            scheduler=(lambda inner: _bound(scheduler, optimizer, inner, module)) if configs else None,
-            offload_optimizer=self.offload_optimizer,
-            bandwidth=self.network.bandwidth,
-            snapshot_folder=Path(trainer.default_root_dir, "snapshots"),
-        )
+        try:
+            self.swarm = make_optimizer(
+                self.peer,
+                optimizer.param_groups,
+                self.settings,
+                swarm_id=swarm_id,
+                optimizer=lambda groups: optimizer if _same(groups, optimizer) else same_over(optimizer, groups),
+                scheduler=(lambda inner: _bound(scheduler, optimizer, inner, module)) if configs else None,
+                offload_optimizer=self.offload_optimizer,
+                bandwidth=self.network.bandwidth,
+                snapshot_folder=Path(trainer.default_root_dir, "snapshots"),
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         self._going.callback(self.swarm.leave)
-        signal.signal(signal.SIGINT, before)
         if self.network.bandwidth is None and not self.peer.on_loopback_only:
             measure_in_background(self.peer, self.swarm.use_measured_bandwidth)
         self._lookout = Lookout(self.peer, swarm_id, self.settings["metadata_expiration"])

@@ -161,6 +161,24 @@ def test_a_strategy_trains_twice(reference: Regression, nothing_left: None) -> N
         assert_same_weights(module, reference)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "local updates": {"local_updates": True},
+    "delayed": {"delay_optimizer_step": True, "delay_grad_averaging": True},
+    "rollback": {"rollback_after": 2},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_other_ways_of_averaging(tmp_path: Path, nothing_left: None, options: dict[str, Any]) -> None:
+    module, strategy = Regression(0), swarm_of_one(**options)
+    quiet = QUIET | {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    Trainer(strategy=strategy, **quiet).fit(module)
+    assert strategy.global_step == STEPS
+    weights, untrained = module.layers[0].weight, Regression(0).layers[0].weight
+    assert isinstance(weights, torch.Tensor) and isinstance(untrained, torch.Tensor)
+    assert weights.isfinite().all() and not torch.allclose(weights, untrained, atol=1e-3)
+
+
 class ByHand(Regression):
     def __init__(self) -> None:
         super().__init__(0)
