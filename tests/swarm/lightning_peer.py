@@ -71,7 +71,7 @@ class UntilBothAreThere(L.Callback):
     """After its first batch a peer waits for the other one's."""
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        strategy, give_up = trainer.strategy, time.monotonic() + 60
+        strategy, give_up = trainer.strategy, time.monotonic() + 150
         assert isinstance(strategy, SwarmStrategy)
         while batch_idx and strategy.num_peers < 2 and strategy.global_step < SETTLING:
             assert time.monotonic() < give_up, "the other peer did not come"
