@@ -48,7 +48,7 @@ def test_the_script_of_the_docs_trains_two_peers(tmp_path: Path) -> None:
         assert begun and int(begun[1]) >= 1, second.output()
         for program in programs:
             verdicts = ENDED.findall(program.output())
-            assert verdicts[-1][0] == "20", program.output()
+            assert verdicts[-1][0] == "30", program.output()
             assert [verdict[1:] for verdict in verdicts].count(("2", "2")) >= 3, program.output()
             [right] = re.findall(r"right\W+([\d.]+)", program.output())
             assert float(right) > 0.8, "the test at the end, for which no network is needed"
