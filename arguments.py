@@ -556,14 +556,24 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML: {error}. Mend the file and start again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it should be lines such as `run_id: my_run`.")
-    types_by_key = {key: hint for cls in EVERYTHING for key, hint in get_type_hints(cls).items()}
-    for key, value in content.items():
+    return checked(content, EVERYTHING, str(path))
+
+
+def checked(given: Mapping[str, Any], classes: Iterable[type], place: str) -> dict[str, Any]:
+    """`given`, in which every key is the name of an argument and every value of its type.
+
+    :param place: where they were given, for the person who reads what is wrong.
+    :raises UserError: which one is not.
+    """
+    types_by_key = {key: hint for cls in classes for key, hint in get_type_hints(cls).items()}
+    content = {}
+    for key, value in given.items():
         if key not in types_by_key:
-            raise UserError(f"{path}: there is no setting {key!r}.{_near(str(key), types_by_key)}")
+            raise UserError(f"{place}: there is no setting {key!r}.{_near(str(key), types_by_key)}")
         try:
             content[key] = _convert(value, types_by_key[key])
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {key} is {value!r}, but it must be {_type_name(types_by_key[key])}.") from error
+            raise UserError(f"{place}: {key} is {value!r}, but it must be {_type_name(types_by_key[key])}.") from error
     return content
 
 

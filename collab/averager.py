@@ -34,6 +34,7 @@ from hivemind.utils.streaming import combine_from_streaming
 from collab.link import allreduce_limit, settle_claims, silence_limit
 from collab.matchmaking import SwarmMatchmaking
 from collab.memory import give_back_freed_memory
+from collab.schedules import ReplayedSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -486,6 +487,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     went_back_at = 0
     """The global step at which this peer went back to earlier weights, the latest one."""
     local_epoch: int
+    _taking_over = False
     steps_in_flight = 0
     """Global steps that a peer has counted, but not made yet: so far a state may lie behind this peer's own count."""
     not_before = 0
@@ -503,7 +505,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
 
         :returns: whether a state was loaded. Upstream does not tell.
         """
-        self._loaded = False
+        self._loaded, self._taking_over = False, True
         known = self.local_epoch
         self.local_epoch = max(0, known - self.steps_in_flight)
         # A call that the averager's process makes.
@@ -512,6 +514,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
             logger.warning("A state could not be taken over: %s", str(error) or type(error).__name__)
+        self._taking_over = False
         if not self._loaded:
             self.local_epoch = known
         return self._loaded
@@ -618,7 +621,17 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
 
     def _update_scheduler(self) -> None:
         self._loaded = True  # the last thing that upstream does when it has taken over a state
+        if self._taking_over:
+            self.start_schedule_over()
         super()._update_scheduler()
+
+    def start_schedule_over(self) -> None:
+        """Let the next update of the schedule begin at global step 0, after other rates were loaded.
+
+        The schedule of the run's settings need not: it has a closed form.
+        """
+        if isinstance(self.scheduler, ReplayedSchedule):
+            self.scheduler.start_over()
 
     async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
         """Runs in the averager's process. Tries one donor after the other, the most advanced first."""

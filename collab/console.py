@@ -74,7 +74,7 @@ def show_log() -> None:
     """Print what this project's own modules log, from INFO up, and warnings of hivemind's, one line each."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("collab", "tasks", "tokenizer"):
+    for name in ("collab", "integrations", "tasks", "tokenizer"):
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(handler)
     for theirs in logging.getLogger("hivemind").handlers:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ import torch
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress, ProgressTracker
 from hivemind.utils import ValueWithExpiration, get_dht_time
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from collab.adamw import AdamW8bit
 from collab.averager import Averager, Gathered, RoundTally, StateAverager
 from collab.codecs import CODECS
 from collab.errors import UserError
+from collab.initial_state import ParamGroups, make_state, params_of, refuse_unknown_ways, share_memory
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
 from collab.matchmaking import LeftBehind
@@ -32,14 +33,13 @@ from collab.memory import give_back_freed_memory
 from collab.metrics import MAX_REASON
 from collab.moments import float32_state
 from collab.peer import Peer
+from collab.schedules import ReplayedSchedule
 from collab.spikes import NOWHERE, WELL, Snapshots, SpikeGuard, step_to_go_back_to
 
 logger = logging.getLogger(__name__)
 
 # A newcomer moves its schedule to the swarm's global step before its own first update, and has to.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step")
-
-ParamGroups = Sequence[dict[str, Any]]
 
 LOAD_STATE_ATTEMPTS = 3
 LOAD_STATE_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0
@@ -119,7 +119,7 @@ class StepGuard:
         inner.register_step_post_hook(self._after)
 
     def _before(self, inner: torch.optim.Optimizer, *_: Any) -> None:
-        params = _params(inner)
+        params = params_of(inner)
         norm = float(torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm or math.inf))
         self.grad_norm = norm if math.isfinite(norm) else -1.0
         if self.hold_next or self.grad_norm < 0:
@@ -130,7 +130,7 @@ class StepGuard:
             self.held += 1
 
     def _after(self, inner: torch.optim.Optimizer, *_: Any) -> None:
-        for param, gradient in zip(_params(inner), self._set_aside, strict=False):
+        for param, gradient in zip(params_of(inner), self._set_aside, strict=False):
             param.grad = gradient
         self._set_aside, self.hold_next = [], False
 
@@ -325,6 +325,17 @@ class SwarmOptimizer(hivemind.Optimizer):
     def __del__(self) -> None:
         """Only `shutdown` ends it: upstream does so too when any object that shares our `__dict__` is collected."""
 
+    @property
+    def state(self) -> dict[Any, Any]:
+        """That of the inner optimizer, and the global step. Copies: whoever moves it to a device (Lightning does)
+        would part an offloaded optimizer's state from its parameters."""
+        return {key: dict(value) if isinstance(value, dict) else value for key, value in super().state.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the inner optimizer, which upstream has not."""
+        return dict(self.opt.defaults)
+
     def step(self, *args: Any, weight: float | None = None, **kwargs: Any) -> Any:
         """Count a micro-batch, and make a global step if the swarm has its target batch.
 
@@ -359,6 +370,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             custom_gradients=self.offload_optimizer,
             client_mode=self.client_mode,
             auxiliary=self.auxiliary,
+            initialize_optimizer=False,  # `make_state` has: see there
             start=True,
             **kwargs,
         )
@@ -591,7 +603,7 @@ class SwarmOptimizer(hivemind.Optimizer):
 
     def _load_averaged_gradients_into_optimizer_(self) -> None:
         if not self.offload_optimizer:
-            for param in _params(self.opt):
+            for param in params_of(self.opt):
                 if param.grad is None:  # upstream would put one in RAM there, whatever the parameter's device
                     param.grad = torch.empty_like(param)
         super()._load_averaged_gradients_into_optimizer_()
@@ -757,6 +769,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         super().load_state_dict(state_dict)
         for group, own in zip(self.opt.param_groups, ours, strict=True):
             group.update(own)
+        self.state_averager.start_schedule_over()
         self.state_averager._update_scheduler()
         self._has_checkpoint = self.has_state = True
         if self.auxiliary:
@@ -834,13 +847,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         memory under a running step: garbage or NaN in 14 of 100 tries (`get_current_state`, optim/state_averager.py).
         Tensors that are shared already do not move.
         """
-        _share_memory(value for state in self.opt.state.values() for value in state.values())
-
-
-def _share_memory(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-            value.share_memory_()
+        share_memory(value for state in self.opt.state.values() for value in state.values())
 
 
 def make_optimizer(
@@ -849,6 +856,8 @@ def make_optimizer(
     settings: Mapping[str, Any],
     *,
     swarm_id: str,
+    optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     offload_optimizer: bool = False,
     bandwidth: float | None = None,
     auxiliary: bool = False,
@@ -862,6 +871,9 @@ def make_optimizer(
     :param param_groups: `[{"params": [...], "weight_decay": 0.01}, ...]`, the same on all peers.
     :param settings: the agreed arguments of the run (`OptimizerArguments`, `SwarmArguments`, run id and length).
     :param swarm_id: name under which peers find each other; only peers with the same one average together.
+    :param optimizer: makes another one than the settings say, of the parameter groups that it is given; without a
+      scheduler its learning rate stays as it is. It is tried first, on some small parameters.
+    :param scheduler: makes a scheduler of torch for the optimizer that it is given; it steps once in a global step.
     :param offload_optimizer: keep the optimizer's state, and a copy of the parameters, in RAM. A run with delayed
       updates does so on all trainers.
     :param bandwidth: Mbit/s; this peer's share of the averaging follows it. None: what `use_measured_bandwidth` is told
@@ -871,25 +883,26 @@ def make_optimizer(
       `load_state_from_peers` has to replace them before the first step.
     :param snapshot_folder: of this computer, for the states that the run can go back to. None: it keeps none, and takes
       over the others' when they go back.
-    :raises UserError: the optimizer is to be offloaded in a run with local updates.
+    :raises UserError: the optimizer is to be offloaded in a run with local updates; or `optimizer` or `scheduler` is
+      none that peers can share (`refuse_unknown_ways`, `ReplayedSchedule`).
     """
     if settings["local_updates"] and offload_optimizer:
         raise UserError("This run makes its steps where the model is (local_updates): leave out --offload_optimizer.")
+    if optimizer is not None:
+        refuse_unknown_ways(optimizer, param_groups)
     for group in param_groups:
-        _share_memory(param.data for param in group["params"])  # see SwarmOptimizer.share_state_memory
+        share_memory(param.data for param in group["params"])  # see SwarmOptimizer.share_state_memory
 
     def make_inner(groups: ParamGroups) -> torch.optim.Optimizer:
-        inner = OPTIMIZERS[settings["optimizer"]](
-            groups,
-            lr=settings["learning_rate"],
-            betas=(settings["adam_beta1"], settings["adam_beta2"]),
-            eps=settings["adam_epsilon"],
-        )
-        if isinstance(inner, torch.optim.AdamW):
-            inner.register_load_state_dict_pre_hook(float32_state)
-        _make_state(inner)
+        inner = optimizer(groups) if optimizer is not None else _optimizer_of(settings, groups)
+        make_state(inner)
         guard.attach(inner)
         return inner
+
+    def make_schedule(inner: torch.optim.Optimizer) -> LRScheduler:
+        if scheduler is not None:
+            return ReplayedSchedule(scheduler(inner))
+        return LambdaLR(inner, _schedule_of(settings) if optimizer is None else lambda _: 1.0)
 
     delays, local = settings["delay_optimizer_step"] and not auxiliary, settings["local_updates"]
     guard = StepGuard(settings["max_grad_norm"])
@@ -918,7 +931,7 @@ def make_optimizer(
         run_id=swarm_id,
         params=list(param_groups),
         optimizer=make_inner,
-        scheduler=lambda inner: LambdaLR(inner, _schedule_of(settings)),
+        scheduler=make_schedule,
         target_batch_size=settings["target_batch_size"],
         matchmaking_time=settings["matchmaking_time"],
         averaging_timeout=settings["averaging_timeout"],
@@ -957,6 +970,18 @@ def make_optimizer(
     swarm_optimizer.share_state_memory()
     give_back_freed_memory()
     return swarm_optimizer
+
+
+def _optimizer_of(settings: Mapping[str, Any], groups: ParamGroups) -> torch.optim.Optimizer:
+    inner = OPTIMIZERS[settings["optimizer"]](
+        groups,
+        lr=settings["learning_rate"],
+        betas=(settings["adam_beta1"], settings["adam_beta2"]),
+        eps=settings["adam_epsilon"],
+    )
+    if isinstance(inner, torch.optim.AdamW):
+        inner.register_load_state_dict_pre_hook(float32_state)
+    return inner
 
 
 def _average_state_every(settings: Mapping[str, Any]) -> int:
@@ -1008,34 +1033,6 @@ def weight_decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dic
         {"params": [param for param in params if id(param) not in undecayed], "weight_decay": weight_decay},
         {"params": [param for param in params if id(param) in undecayed], "weight_decay": 0.0},
     ]
-
-
-def _make_state(inner: torch.optim.Optimizer) -> None:
-    """Give every parameter its (zero) optimizer state, so that there is something to load a newcomer's state into.
-
-    In shared memory before the averagers' processes are forked, as each of them would keep a copy of what moves there
-    later; and without any gradient, for the same reason.
-
-    Left to itself hivemind makes one real step with gradients of zero (optim/state_averager.py): weight decay would
-    change the weights that were just loaded from a checkpoint, and the bias correction would be one step ahead.
-    """
-    params = _params(inner)
-    rates = [group["lr"] for group in inner.param_groups]
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    for group in inner.param_groups:
-        group["lr"] = 0.0
-    inner.step()
-    for param in params:
-        param.grad = None
-        inner.state[param]["step"].zero_()
-        _share_memory(inner.state[param].values())
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def _params(inner: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [param for group in inner.param_groups for param in group["params"]]
 
 
 def _request_timeout(matchmaking_time: float) -> float:

@@ -52,14 +52,15 @@ PEER: Any = SimpleNamespace(dht=object(), private_key=object(), client_mode=True
 def build(monkeypatch):
     """`make_optimizer` up to the point where processes would start: gives what hivemind's optimizer is built with."""
 
-    def build_until_start(param_groups, auxiliary: bool = False, **given):
+    def build_until_start(param_groups, auxiliary: bool = False, own: dict | None = None, **given):
         monkeypatch.setattr(
             collab.optimizer,
             "SwarmOptimizer",
             lambda **options: SimpleNamespace(**options, share_state_memory=lambda: None),
         )
         settings = agreed_settings({"run_id": "ours", **given})
-        return make_optimizer(PEER, param_groups, settings, swarm_id=settings["run_id"], auxiliary=auxiliary)
+        swarm_id = settings["run_id"]
+        return make_optimizer(PEER, param_groups, settings, swarm_id=swarm_id, auxiliary=auxiliary, **own or {})
 
     return build_until_start
 
@@ -115,6 +116,34 @@ def test_min_learning_rate_is_a_learning_rate(build):
         scheduler.step()
     assert rates[0] == pytest.approx(0.125) and rates[3] == max(rates) == pytest.approx(0.5)
     assert rates[19:] == [pytest.approx(0.02)] * 6
+
+
+def test_a_persons_own_optimizer_and_schedule_take_the_place_of_the_settings(build):
+    own = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1), "scheduler": lambda o: ExponentialLR(o, 0.5)}
+    optimizer = build(one_group(1.0), own=own, max_grad_norm=1.0)
+    inner = optimizer.optimizer(optimizer.params)
+    scheduler = optimizer.scheduler(inner)
+    for rate in (0.1, 0.05):
+        before = inner.param_groups[0]["params"][0].detach().clone()
+        inner.param_groups[0]["params"][0].grad = torch.tensor([4.0])
+        inner.step()
+        moved = before - inner.param_groups[0]["params"][0].detach()
+        assert moved.item() == pytest.approx(rate), "the rate is the schedule's, and the gradient is clipped as ever"
+        scheduler.step()
+
+
+def test_a_persons_own_optimizer_without_schedule_keeps_its_rate(build):
+    optimizer = build(one_group(1.0), own={"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.3)})
+    inner = optimizer.optimizer(optimizer.params)
+    scheduler = optimizer.scheduler(inner)
+    inner.step()
+    scheduler.step()
+    assert inner.param_groups[0]["lr"] == 0.3 and scheduler._step_count == 2
+
+
+def test_a_persons_own_optimizer_is_tried_before_anything_starts(build):
+    with pytest.raises(UserError, match="dampening=0"):
+        build(one_group(1.0), own={"optimizer": lambda groups: torch.optim.SGD(groups, 0.1, 0.9, dampening=0.5)})
 
 
 def test_a_late_joiner_arrives_at_the_same_learning_rate(build):
