@@ -286,6 +286,8 @@ def accompany(
             contributors=list(contributions.of_names().items()),
             duties=[duty.health for duty in duties],
             events=events.recent,
+            experts=experts.views() if experts else (),
+            experts_total=experts.plan.total if experts else 0,
         )
 
     def show(finished: bool = False) -> RunView:

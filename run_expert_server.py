@@ -21,7 +21,8 @@ from collab.experts.server import ExpertHost
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import fetch_manifest
-from collab.metrics import metrics_validators, wait_until_saved
+from collab.metrics import ask_for_auxiliaries, auxiliaries_in, is_live, metrics_validators, wait_until_saved
+from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
 from tasks import expert_plan
@@ -98,6 +99,7 @@ def main() -> None:
             while not stop:
                 last_step = changes.manifest.latest["max_global_steps"]
                 if wait_until_saved(peer, run_id, last_step, LINE_SECONDS, stop):
+                    wait_until_measured(peer, run_id, lifetime, stop)
                     console.line("The run is complete")
                     break
                 steps = ", ".join(f"{index}: {expert.steps:,}" for index, expert in host.experts.items())
@@ -107,6 +109,13 @@ def main() -> None:
             lookout.stop()
             host.stop()
             console.line(f"Saved in {folder}")
+
+
+def wait_until_measured(peer: Peer, run_id: str, lifetime: float, stop: StopSignal) -> None:
+    """Stay for the auxiliary peers, which measure the last checkpoint with its experts, until they have left."""
+    while any(is_live(each, lifetime) for each in auxiliaries_in(ask_for_auxiliaries(peer, run_id).result())):
+        if stop.wait(1.0):
+            break
 
 
 if __name__ == "__main__":

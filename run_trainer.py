@@ -36,6 +36,7 @@ from collab.contributions import counted_by_organizer
 from collab.device import in_words as devices_in_words
 from collab.device import pick_devices
 from collab.errors import UserError
+from collab.experts.directory import start_calling
 from collab.experts.joined import JoinedExperts, refuse_what_experts_cannot
 from collab.files import make_folder
 from collab.lookout import Lookout
@@ -93,6 +94,8 @@ def main() -> None:
         run_id = settings["run_id"]
         plan = expert_plan(settings, folder, manifest.swarm_id)
         refuse_what_experts_cannot(plan, hosting.serve_experts, mine.gradient_checkpointing)
+        if plan:
+            start_calling()
         ways = possible_ways(mine.precision, devices[0], settings["precisions"])
         serve_bandwidth(peer)
         peer.dht.add_validators(metrics_validators(run_id))

@@ -1,12 +1,12 @@
 """Which experts there are now, how fast they answer, and a way to call each of them."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from hivemind.compression import serialize_torch_tensor
@@ -22,6 +22,7 @@ from collab.experts.mixture import Expert
 from collab.experts.plan import ExpertPlan, holders, hosted_in
 from collab.metrics import ServerRecord, ask_for_servers, servers_in
 from collab.peer import Peer
+from collab.view import ExpertView
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +31,6 @@ LOOK_SECONDS = 15.0
 PROBE_SECONDS = 3.0  # an expert answers in milliseconds
 REFRESH_SECONDS = 10.0  # without a call that would show that it is there
 NEWEST = 0.2  # weight of the last call in the mean of how long calls take
-
-
-@dataclass(frozen=True)
-class ExpertView:
-    """An expert that is served, for people.
-
-    :param server: public name of who serves it: a stranger's word.
-    :param milliseconds: that this peer waits for an answer; None if it has none.
-    :param rows_per_second: tokens that it computes now.
-    :param steps: that it has been trained for.
-    """
-
-    index: int
-    server: str
-    milliseconds: float | None
-    rows_per_second: float
-    steps: int
 
 
 class Remote:
@@ -105,6 +89,16 @@ class Remote:
         self.answered = began
 
 
+def start_calling() -> None:
+    """Start hivemind's thread for calls; before the optimizer is made, whose tracker's event loop asyncio would forget:
+    each start of uvloop replaces the policy that knows the threads' loops."""
+
+    async def nothing() -> None:
+        pass
+
+    RemoteExpertWorker.run_coroutine(nothing())
+
+
 class ExpertDirectory(Background):
     """The experts that can be called, in the background until `stop`.
 
@@ -134,6 +128,12 @@ class ExpertDirectory(Background):
         except Exception as error:  # noqa: BLE001 - the next turn may go well
             self._note_failure(error)
         self.start()
+
+    def stop(self, timeout: float = 1.0) -> None:
+        super().stop(timeout)
+        # in its own loop: left to the garbage collector, it would complain on the volunteer's screen
+        with contextlib.suppress(TimeoutError):
+            RemoteExpertWorker.run_coroutine(_close(self._p2p), return_future=True).result(timeout)
 
     def alive(self) -> Mapping[int, Expert]:
         """What can be called now, by its number in the run."""
@@ -187,6 +187,11 @@ class ExpertDirectory(Background):
                 self.failed(expert, reason)
             elif reason:
                 logger.debug("Expert %d of %s: %s", expert.index, expert.peer_id[-6:], reason)
+
+
+async def _close(p2p: P2P) -> None:
+    await p2p.shutdown()
+    await asyncio.sleep(0)  # its tasks end in the next turn
 
 
 async def _probe_all(experts: Sequence[Remote]) -> list[str]:

@@ -1,5 +1,6 @@
 """Masked language modelling with mixtures of experts that live on other peers, beside the model's own layers."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class MoEMaskedLM(MaskedLM):
                 "With float16 the loss is scaled, and experts on other peers would get gradients of that scale. Set "
                 "precisions to [float32, bfloat16]."
             )
-        return MaskedLM.prepare(settings, cache_dir)
+        files = MaskedLM.prepare(settings, cache_dir)
+        with tempfile.TemporaryDirectory(prefix="samiti-") as scratch:
+            Path(scratch, "config.json").write_bytes(files["config.json"])
+            MoEMaskedLM.expert_plan(settings, Path(scratch), swarm_id="")
+        return files
 
     @staticmethod
     def expert_plan(settings: Mapping[str, Any], folder: Path, swarm_id: str) -> ExpertPlan:
