@@ -132,6 +132,7 @@ def measure(report: Report, steps: int, calls: int) -> None:
         folder = Path(scratch)
         config = read_config(ROOT / "configs" / "moe.yaml")
         own = {"max_global_steps": steps, "report_to": ["none"], "page_port": 0}
+        own |= {"target_batch_size": 128, "micro_batch_size": 64}  # short steps, in which a stall can be seen
         (folder / "run.yaml").write_text(json.dumps(config | own))
         settings = ("--config", str(folder / "run.yaml"), "--run_folder", str(folder / "run"))
         running["auxiliary"] = start(folder, "auxiliary", "run_aux_peer.py", *settings)
@@ -150,9 +151,8 @@ def measure(report: Report, steps: int, calls: int) -> None:
             wait_for(folder, name, "Serving the experts")
         measure_layer(report, folder, address, (256, 1024, 4096), calls)
 
-        running["trainer"] = start(
-            folder, "trainer", "run_trainer.py", "--initial_peers", address, "--threads", "1", "--precision", "float32"
-        )
+        own_way = ("--threads", "1", "--precision", "float32", "--micro_batch_size", "64")
+        running["trainer"] = start(folder, "trainer", "run_trainer.py", "--initial_peers", address, *own_way)
         wait_for(folder, "trainer", f"step {steps // 3}/", seconds=RUN_SECONDS)
         running["two"].send_signal(signal.SIGKILL)
         killed = time.time()
@@ -188,4 +188,4 @@ def measure(report: Report, steps: int, calls: int) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(__doc__ or "", measure, steps=18, calls=10)
+    run_benchmark(__doc__ or "", measure, steps=24, calls=10)

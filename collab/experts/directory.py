@@ -117,7 +117,7 @@ class ExpertDirectory(Background):
         self.plan, self.calls_failed = plan, 0
         """Calls of this session that brought nothing."""
         self._peer, self._run_id, self._lifetime = peer, run_id, lifetime
-        self._near = dict(near or {})
+        self._near = near or {}
         self._remotes: dict[int, Remote] = {}
         self._records: dict[int, ServerRecord] = {}
         self._set_aside: dict[str, float] = {}
@@ -139,7 +139,7 @@ class ExpertDirectory(Background):
         """What can be called now, by its number in the run."""
         with self._lock:
             remote = {index: expert for index, expert in self._remotes.items() if self._is_well(expert)}
-        return {**remote, **self._near}
+        return {**remote, **dict(self._near)}
 
     def failed(self, expert: Expert, reason: str) -> None:
         """Set its server aside until it answers again."""
@@ -178,10 +178,8 @@ class ExpertDirectory(Background):
         fresh = time.monotonic() - REFRESH_SECONDS
         with self._lock:
             due = [e for e in remotes.values() if not self._is_well(e) or e.answered < fresh]
-            self._remotes, self._records = {i: e for i, e in remotes.items() if e.answered}, held
+            self._remotes, self._records = remotes, held
         reasons = RemoteExpertWorker.run_coroutine(_probe_all(due)) if due else []
-        with self._lock:
-            self._remotes = remotes
         for expert, reason in zip(due, reasons, strict=True):
             if reason and self._is_well(expert):
                 self.failed(expert, reason)

@@ -257,7 +257,7 @@ class ExpertHost(Background):
         self._saved_steps: dict[int, int] = {}
         self._speeds: dict[int, tuple[float, int, float]] = {}
         self.experts: dict[int, TrainedExpert] = {}
-        """By their number in the run."""
+        """By their number in the run. One that turns out to be another server's is taken out."""
         self._claim(min(wanted, MAX_HOSTED))
         for index in sorted(self._since):
             expert = TrainedExpert(plan, index, device)
@@ -277,7 +277,7 @@ class ExpertHost(Background):
         self._server.shutdown()
         self._server.join(timeout)
         self._keeping.stop(timeout)
-        for index in self.experts:
+        for index in list(self.experts):
             self._save(index)
         self._lock.close()
 
@@ -336,11 +336,13 @@ class ExpertHost(Background):
 
     def _take_a_turn(self) -> None:
         now = time.monotonic()
-        for index, expert in self.experts.items():
+        for index, expert in list(self.experts.items()):
             since, before, _ = self._speeds.get(index, (now, expert.rows, 0.0))
             speed = (expert.rows - before) / (now - since) if now > since else 0.0
             self._speeds[index] = now, expert.rows, speed
         self._give_up_lost(self._others())
+        for index in self.experts.keys() - self._since.keys():
+            del self.experts[index]
         self._announce().result(LOOK_SECONDS)
 
     # ---- keeping them
@@ -352,7 +354,7 @@ class ExpertHost(Background):
         return self._folder / f"copy-{index}.safetensors"
 
     def _keep(self) -> None:
-        for index in self.experts:
+        for index in list(self.experts):
             self._save(index)
         others = self._others()
         for index, holder in holders(others, self._lifetime).items():

@@ -30,14 +30,15 @@ def saved(folder: Path) -> dict[str, Path]:
 
 def test_a_run_goes_on_when_a_server_of_experts_is_killed_and_its_experts_when_it_is_back(swarm: Swarm) -> None:
     config = swarm.configure(
-        task="moe_mlm", experts=4, expert_timeout=4.0, expert_learning_rate=0.003, precisions=["float32"],
+        task="moe_mlm", experts=5, expert_timeout=4.0, expert_learning_rate=0.003, precisions=["float32"],
         max_global_steps=12, target_batch_size=256, learning_rate=0.01,
     )  # fmt: skip
     auxiliary, address = swarm.start_auxiliary(config)
     servers = {name: start_server(swarm, name, address) for name in ("one", "two")}
     for server in servers.values():
         server.wait_for_output("Serving the experts")
-    trainer = swarm.start_trainer("trainer", address, "--micro_batch_size", "64")
+    hosting = ("--serve_experts", "9", "--expert_folder", str(swarm.folder / "trainer"))
+    trainer = swarm.start_trainer("trainer", address, "--micro_batch_size", "64", *hosting)
     trainer.wait_for_output("step 2/12")
     victim, folder = servers["two"], swarm.folder / "two"
     wait_until(lambda: len(saved(folder)) == 2, 20, victim.output)
@@ -65,6 +66,8 @@ def test_a_run_goes_on_when_a_server_of_experts_is_killed_and_its_experts_when_i
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
     for name, path in saved(folder).items():
         assert load_file(path)["step.up.weight"] > before[name]["step.up.weight"], "it was trained after its return"
+    [own] = saved(swarm.folder / "trainer").values()
+    assert load_file(own)["step.up.weight"] > 12, "the trainer's own, for which no server was left"
     checkpoint = swarm.folder / "run" / "checkpoints" / "step-0000012"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["held_out_loss"] < history[0]["loss"]
