@@ -1,12 +1,13 @@
 # make demo    a whole swarm on this machine, in minutes     make test   everything that is tested
 # make setup   only what both need                           make lint   style and types     make fast  quick tests
+# make fuzz    garbage wherever bytes come from strangers: 100,000 inputs instead of the few thousand of make fast
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test fast swarm lint bench clean
+.PHONY: setup demo test fast swarm fuzz lint bench clean
 
 setup: $(READY)
 
@@ -29,6 +30,9 @@ fast: setup
 
 swarm: setup
 	@$(RUN) -m pytest -m swarm
+
+fuzz: setup
+	@SAMITI_FUZZ=30 $(RUN) -m pytest tests/fuzz
 
 lint: setup
 	@$(RUN) -m ruff check .

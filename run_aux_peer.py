@@ -45,7 +45,7 @@ from collab.keeper import Keeper, Saved
 from collab.lease import LIFETIME, Lease
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, KEPT, Manifest, fetch_manifest, join_command
-from collab.metrics import AuxRecord, announce_saved, metrics_validators
+from collab.metrics import AuxRecord, announce_saved, run_validators
 from collab.modelcard import CURVE, model_card
 from collab.monitor import OVERSHOOT, Monitor, StepSummary
 from collab.optimizer import make_optimizer, weight_decay_groups
@@ -102,7 +102,7 @@ def main() -> None:
             manifest = Manifest.found(settings, files, peer.private_key)
         run_id = manifest.settings["run_id"]
         run_folder = Path(mine.run_folder or f"runs/{run_id}")
-        peer.dht.add_validators(metrics_validators(run_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
         if not network.initial_peers:
             manifest = reopened(manifest, run_folder, changing=mine.change_at_step is not None)
         if mine.change_at_step is not None:

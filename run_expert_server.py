@@ -21,7 +21,7 @@ from collab.experts.server import ExpertHost
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import fetch_manifest
-from collab.metrics import ask_for_auxiliaries, auxiliaries_in, is_live, metrics_validators, wait_until_saved
+from collab.metrics import ask_for_auxiliaries, auxiliaries_in, is_live, run_validators, wait_until_saved
 from collab.peer import Peer
 from collab.processes import StopSignal, guard_children, run_program
 from collab.reachability import start_peer
@@ -70,7 +70,7 @@ def main() -> None:
         settings, run_folder = manifest.settings, manifest.unpack(Path(network.cache_dir))
         manifest.serve(peer, run_folder)
         run_id, lifetime = settings["run_id"], settings["metadata_expiration"]
-        peer.dht.add_validators(metrics_validators(run_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
         plan = expert_plan(settings, run_folder, manifest.swarm_id)
         if plan is None:
             raise UserError(

@@ -42,7 +42,7 @@ from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
 from collab.memory import memory_in_use, peak_on_device
-from collab.metrics import MAX_LOSS, PeerRecord, metrics_validators, wait_until_saved
+from collab.metrics import MAX_LOSS, PeerRecord, run_validators, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
 from collab.processes import StopSignal, guard_children, run_program
@@ -98,7 +98,7 @@ def main() -> None:
             start_calling()
         ways = possible_ways(mine.precision, devices[0], settings["precisions"])
         serve_bandwidth(peer)
-        peer.dht.add_validators(metrics_validators(run_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]
         console.line(f"{name} joins the run {run_id} on {', '.join(map(str, devices))}")

@@ -26,7 +26,7 @@ from collab.experts.mixture import Expert, Mixture
 from collab.experts.plan import ExpertPlan
 from collab.experts.server import TrainedExpert
 from collab.manifest import fetch_manifest
-from collab.metrics import metrics_validators
+from collab.metrics import run_validators
 from collab.peer import Peer
 from collab.processes import guard_children
 from collab.trackers import read_history
@@ -103,7 +103,7 @@ def measure_layer(report: Report, folder: Path, address: str, tokens: Sequence[i
     with closing(Peer(initial_peers=[address], host_maddrs=LOOPBACK[1:2], nat_port_map=False)) as peer:
         manifest = fetch_manifest(peer, folder / "cache-of-benchmark")
         settings, files = manifest.settings, manifest.unpack(folder / "cache-of-benchmark")
-        peer.dht.add_validators(metrics_validators(settings["run_id"]))
+        peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id))
         plan = expert_plan(settings, files, manifest.swarm_id)
         assert plan is not None
         directory = ExpertDirectory(peer, plan, settings["run_id"], settings["metadata_expiration"])

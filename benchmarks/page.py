@@ -22,7 +22,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 from benchmarks.report import Report, run_benchmark
 from collab.background import Repeated
 from collab.fill_mask import FillMask
-from collab.metrics import PeerRecord, metrics_validators, read_records
+from collab.metrics import PeerRecord, read_records, run_validators
 from collab.monitor import Monitor
 from collab.page import render_page
 from collab.page_server import PageServer
@@ -71,7 +71,7 @@ def crowd(peers: int = PEERS) -> Iterator[Crowd]:
     options = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False}
     holder = Peer(**options)  # type: ignore[arg-type]
     try:
-        holder.dht.add_validators(metrics_validators(RUN_ID))
+        holder.dht.add_validators(run_validators(RUN_ID, RUN_ID))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "records")
             file.write_bytes(MSGPackSerializer.dumps(signed_records(peers)))
@@ -80,7 +80,7 @@ def crowd(peers: int = PEERS) -> Iterator[Crowd]:
             raise RuntimeError(f"Only {stored} of {peers} records are as peers store them")
         reader = Peer(initial_peers=holder.addresses(), **options)  # type: ignore[arg-type]
         try:
-            reader.dht.add_validators(metrics_validators(RUN_ID))
+            reader.dht.add_validators(run_validators(RUN_ID, RUN_ID))
             yield Crowd(holder, reader, Monitor())
         finally:
             reader.close()

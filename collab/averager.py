@@ -43,6 +43,7 @@ SNAPSHOT_STEPS = 5  # how old a state may be that is handed out because it is in
 MEGABYTE = 10**6
 FLOAT_BYTES = 4
 LONGEST_PEER_ID = 128
+MOST_COPIES, STATE_EXTRAS = 8, 64 * MEGABYTE  # a state has the parameters, two moments of them, and little else
 
 
 @dataclass(frozen=True)
@@ -655,6 +656,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         stub = self.get_stub(self._p2p, donor, namespace=self.prefix)
         stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
         metadata, received = None, 0
+        most = MOST_COPIES * sum(tensor.nbytes for tensor in self._averaged_tensors) + STATE_EXTRAS
         tensors: list[torch.Tensor] = []
         parts: list[Any] = []
         began = last_word = time.monotonic()
@@ -670,6 +672,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
                 parts.clear()
             parts.append(message.tensor_part)
             received += len(message.tensor_part.buffer)
+            if received > most:
+                raise ValueError(f"it sent over {most / MEGABYTE:.0f} MB, more than any state of this model has")
             if time.monotonic() - last_word > PROGRESS_SECONDS:
                 last_word = time.monotonic()
                 logger.info("Downloading the state: %.1f MB in %.0f s", received / MEGABYTE, last_word - began)

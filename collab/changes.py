@@ -13,7 +13,7 @@ from collab.errors import UserError
 from collab.files import write_bytes
 from collab.manifest import KEPT, PROTOCOL, Manifest, read_kept
 from collab.metrics import read_records
-from collab.peer import Peer, peer_id_of_key
+from collab.peer import Peer, signed_entries
 from collab.trackers import HISTORY, read_history
 
 logger = logging.getLogger(__name__)
@@ -74,16 +74,7 @@ class ChangeWatch(Background):
 
 def versions_in(answer: ValueWithExpiration | None) -> dict[str, int]:
     """Which version each peer says it has, by peer id."""
-    records = answer.value if answer is not None and isinstance(answer.value, dict) else {}
-    found = {}
-    for key, entry in records.items():
-        try:
-            peer = peer_id_of_key(key)
-        except (ValueError, TypeError):
-            continue
-        if type(entry.value) is int:
-            found[peer] = entry.value
-    return found
+    return {peer: said for peer, said in signed_entries(answer).items() if type(said) is int}
 
 
 def reopened(new: Manifest, run_folder: Path, changing: bool) -> Manifest:

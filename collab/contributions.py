@@ -1,17 +1,21 @@
 """What each volunteer has given: samples that were really averaged, counted by the organizer from signed records."""
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from collab.files import write_text
 from collab.metrics import PeerRecord
 from collab.monitor import SLACK, StepSummary
 from collab.peer import Peer
 from collab.robust import leveled
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "samiti/contributions/1"  # under this name the organizer serves the file
 FILE = "contributions.json"
@@ -48,11 +52,25 @@ class Contributions:
         """By peer id."""
         self._step, self._unclaimed = 0, 0.0
         if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            self.of_peers = {peer: Contribution(**entry) for peer, entry in kept["peers"].items()}
-            self._step, self._unclaimed = kept.get("step", 0), kept.get("unclaimed", 0.0)
-        else:
+            try:
+                self._read(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                aside = file.with_suffix(".damaged")
+                logger.warning(
+                    "%s is damaged (%s): counting begins anew. It is kept as %s; mended, it can be put back while the "
+                    "program does not run.", file, error, aside.name,
+                )  # fmt: skip
+                file.replace(aside)
+        if not file.exists():
             self._keep()
+
+    def _read(self, kept: Any) -> None:
+        of_peers = {
+            peer: Contribution(str(one["name"]), *(int(one[key]) for key in ("samples", "session", "step")))
+            for peer, one in kept["peers"].items()
+        }
+        self._step, self._unclaimed = int(kept.get("step", 0)), float(kept.get("unclaimed", 0.0))
+        self.of_peers = of_peers
 
     def of_names(self) -> dict[str, int]:
         """Samples by public name, the largest first; a person may take part with several computers, one after another

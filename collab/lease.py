@@ -8,7 +8,7 @@ import time
 from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 
 from collab.background import Background
-from collab.peer import Peer, peer_id_of_key
+from collab.peer import Peer, signed_entries
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,5 @@ class Lease(Background):
 
 def claims_in(answer: ValueWithExpiration | None) -> dict[str, float]:
     """Since when each peer is ready, by peer id; those that have said goodbye are left out."""
-    records = answer.value if answer is not None and isinstance(answer.value, dict) else {}
-    claims = {}
-    for key, entry in records.items():
-        with contextlib.suppress(ValueError, TypeError):
-            if isinstance(entry.value, float) and math.isfinite(entry.value):
-                claims[peer_id_of_key(key)] = entry.value
-    return claims
+    said = signed_entries(answer)
+    return {peer: since for peer, since in said.items() if isinstance(since, float) and math.isfinite(since)}

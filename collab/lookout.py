@@ -4,14 +4,13 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from hivemind.utils import MPFuture, ValueWithExpiration
 
 from collab.background import Background
 from collab.optimizer import RoundReport
-from collab.peer import Peer, peer_id_in, peer_id_of_key
+from collab.peer import Peer, peer_id_in, signed_entries
 
 logger = logging.getLogger(__name__)
 
@@ -205,18 +204,11 @@ def addresses_in(answer: ValueWithExpiration | None) -> dict[str, list[str] | No
 
     Only what a peer has signed counts, and only addresses of its own.
     """
-    records: Mapping[Any, Any] = answer.value if answer is not None and isinstance(answer.value, dict) else {}
-    found: dict[str, list[str] | None] = {}
-    for key, entry in records.items():
-        try:
-            peer = peer_id_of_key(key)
-        except (ValueError, TypeError):
-            continue
-        if entry.value is None:
-            found[peer] = None
-        elif isinstance(entry.value, list):
-            found[peer] = [address for address in entry.value[:MAX_ADDRESSES] if _leads_to(peer, address)]
-    return found
+    return {
+        peer: said and [address for address in said[:MAX_ADDRESSES] if _leads_to(peer, address)]
+        for peer, said in signed_entries(answer).items()
+        if said is None or isinstance(said, list)
+    }
 
 
 def _leads_to(peer: str, address: object) -> bool:

@@ -8,15 +8,18 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import Matchmaking, MatchmakingException
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto.averaging_pb2 import PROTOCOL_VIOLATION, JoinRequest, MessageFromLeader
 from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import cancel_and_wait
 
 from collab.link import HICCUP_SECONDS, SAFETY
+from collab.peer import signed_entries
 
 POLL_SECONDS = 0.05
 ASK_AGAIN_SECONDS = 0.15
@@ -24,6 +27,7 @@ LOOK_SECONDS = 0.5
 LONELY_SECONDS = 1.0
 AUXILIARY_GRACE = 0.5
 FAR = 86400.0
+MAX_SAID_BYTES = 1024  # ten times what a peer has to say
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,18 @@ class SwarmMatchmaking(Matchmaking):
         """
         group: GroupInfo | None = await super().look_for_group(step)
         if group is not None:
+            if not all(map(_can_be_understood, group.gathered)):
+                raise MatchmakingException("the leader of the round passed on what no peer can have said")
             for peer in (self.roster.trainers | self.roster.auxiliaries) - set(group.peer_ids):
                 self._absent[peer] = _round_number(step)
         return group
+
+    def _check_reasons_to_reject(self, request: JoinRequest, context: P2PContext) -> MessageFromLeader | None:
+        """Upstream takes in who says anything; reading it would end the round of the whole group."""
+        refused: MessageFromLeader | None = super()._check_reasons_to_reject(request, context)
+        if refused is None and not _can_be_understood(request.gather):
+            return MessageFromLeader(code=PROTOCOL_VIOLATION)
+        return refused
 
     def get_request_expiration_time(self) -> float:
         """Followers stay as long as they like; upstream has them leave at the time that they declared."""
@@ -238,8 +251,10 @@ class SwarmMatchmaking(Matchmaking):
 
         async def look() -> None:
             answer = await self.group_key_manager.dht.get(self.progress_key, latest=True, return_future=True)
-            entries = answer.value.values() if answer is not None and isinstance(answer.value, dict) else ()
-            records = [LocalTrainingProgress.parse_obj(entry.value) for entry in entries if entry.value is not None]
+            told = {peer: said for peer, said in signed_entries(answer).items() if said is not None}
+            read = {peer: LocalTrainingProgress.parse_obj(said) for peer, said in told.items()}
+            # Nobody speaks for others.
+            records = [record for peer, record in read.items() if str(PeerID(record.peer_id)) == peer]
             self.roster = draw_up_roster(records, self.peer_id, round_number, self.lag, self._absent)
 
         async def keep_looking() -> None:
@@ -253,6 +268,17 @@ class SwarmMatchmaking(Matchmaking):
             yield
         finally:
             await cancel_and_wait(watch)
+
+
+def _can_be_understood(gathered: bytes) -> bool:
+    """Whether this is what a peer says to its group: its link, its part in the round, and what the averager adds."""
+    try:
+        _mbits, mode, told = MSGPackSerializer.loads(gathered)
+        AveragingMode(mode)
+        MSGPackSerializer.loads(told)
+    except Exception:  # noqa: BLE001 - a stranger's bytes; the parser raises many kinds of errors
+        return False
+    return len(gathered) <= MAX_SAID_BYTES
 
 
 def _round_number(step: StepControl) -> int:

@@ -4,6 +4,7 @@ import logging
 import time
 from typing import Literal, TypeVar
 
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
@@ -11,7 +12,7 @@ from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 from pydantic.v1 import BaseModel, StrictBool, ValidationError, confloat, conint, conlist, constr
 
 from collab.agreement import NOT_FINITE, SKETCH_SIZE
-from collab.peer import Peer, peer_id_of_key
+from collab.peer import Peer, signed_entries
 from collab.processes import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ MAX_DEVICE = 60
 TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
 MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,400
+KEPT_FOR_EACH_PEER = ("progress", "addresses", "manifest", "publishing", "state_averager.all_averagers")
 CLOCKS_APART = 10.0  # seconds; hivemind refuses peers that are 3 apart
 
 MAX_HOSTED = 64  # experts of one server: its record has to fit
@@ -179,32 +181,39 @@ class _MetricsSchema(BaseModel):
     servers: dict[BytesWithPublicKey, ServerRecord]
 
 
-class SizeValidator(RecordValidatorBase):
-    """Refuses records under some keys that are longer than any honest one, before anything parses them."""
+class OneForEachPeer(RecordValidatorBase):
+    """Guards keys under which each peer has a record of its own, before anything parses it.
+
+    Refused are records longer than any honest one, and a value in the place of all records: with a late expiration it
+    would take them all away, and let nobody put one there again (hivemind's dht/storage.py).
+    """
 
     def __init__(self, keys: list[str], most: int) -> None:
         self._most = {DHTID.generate(source=key).to_bytes(): most for key in keys}
 
     def validate(self, record: DHTRecord) -> bool:
         most = self._most.get(record.key)
-        return most is None or len(record.value) + len(record.subkey or b"") <= most
+        if most is None:
+            return True
+        return record.subkey not in DHTProtocol.RESERVED_SUBKEYS and len(record.value) + len(record.subkey) <= most
 
     @property
     def priority(self) -> int:
         return 100  # validators run from the highest to the lowest: before the signature's, which has 10
 
     def merge_with(self, other: RecordValidatorBase) -> bool:
-        if not isinstance(other, SizeValidator):
+        if not isinstance(other, OneForEachPeer):
             return False
         self._most |= other._most
         return True
 
 
-def metrics_validators(run_id: str) -> list[RecordValidatorBase]:
-    """Validators that every peer of a run adds to its DHT: records that break the schema, or that are longer than
-    `MAX_RECORD_BYTES`, are not stored anywhere."""
+def run_validators(run_id: str, swarm_id: str) -> list[RecordValidatorBase]:
+    """Validators that every peer of a run adds to its DHT: records that break the schema, that are longer than
+    `MAX_RECORD_BYTES`, or that stand in the place of all peers' are not stored anywhere."""
     keys = [_key(run_id), _auxiliaries_key(run_id), _servers_key(run_id)]
-    return [SchemaValidator(_MetricsSchema, prefix=run_id), SizeValidator(keys, MAX_RECORD_BYTES)]
+    keys += [f"{swarm_id}_{what}" for what in KEPT_FOR_EACH_PEER]
+    return [SchemaValidator(_MetricsSchema, prefix=run_id), OneForEachPeer(keys, MAX_RECORD_BYTES)]
 
 
 def is_live(record: PeerRecord | AuxRecord | ServerRecord, lifetime: float, now: float | None = None) -> bool:
@@ -268,17 +277,15 @@ def records_in(answer: ValueWithExpiration | None) -> list[PeerRecord]:
 
 
 def _signed_in(answer: ValueWithExpiration | None, kind: type[Record]) -> list[Record]:
-    if not isinstance(answer, ValueWithExpiration) or not isinstance(answer.value, dict):
-        return []
     records = []
-    for key, entry in answer.value.items():
+    for peer_id, said in signed_entries(answer).items():
         try:
-            record = kind.parse_obj(entry.value)
+            record = kind.parse_obj(said)
             # The signature tells who wrote it, and contributions are counted by what it says.
-            if record.peer_id != peer_id_of_key(key):
+            if record.peer_id != peer_id:
                 raise ValueError(f"it claims the peer id {record.peer_id} under the key of another")
             records.append(record)
-        except (ValidationError, ValueError) as error:
+        except (ValidationError, ValueError, TypeError) as error:
             logger.debug("A record was left out: %s", error)
     return records
 

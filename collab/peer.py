@@ -8,12 +8,13 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from hivemind import DHT
 from hivemind.dht.crypto import RSASignatureValidator
@@ -22,7 +23,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import crypto_pb2
-from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils import MPFuture, ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.networking import choose_ip_address
@@ -260,6 +261,7 @@ def peer_id_in(address: str) -> str:
     return str([value for protocol, value in Multiaddr(address).items() if protocol.name == "p2p"][-1])
 
 
+@lru_cache(4096)  # a tenth of a millisecond, for each peer at each look
 def peer_id_of_key(signature_key: bytes) -> str:
     """The peer id of whoever signs under `signature_key`: the hash of the same public key, in libp2p's own format.
 
@@ -271,12 +273,30 @@ def peer_id_of_key(signature_key: bytes) -> str:
     return peer_id_of_public_key(found[1])
 
 
+def signed_entries(answer: ValueWithExpiration | None) -> dict[str, Any]:
+    """What peers have said under a key of the DHT, each with its own signature: {peer id: value}.
+
+    :param answer: of `DHT.get`. Strangers can put anything there; what is no signed record is left out.
+    """
+    entries = answer.value if isinstance(answer, ValueWithExpiration) and isinstance(answer.value, dict) else {}
+    found = {}
+    for key, entry in entries.items():
+        with contextlib.suppress(ValueError, TypeError):
+            if isinstance(entry, ValueWithExpiration):
+                found[peer_id_of_key(key)] = entry.value
+    return found
+
+
 def peer_id_of_public_key(ssh_key: bytes) -> str:
     """The peer id that belongs to a public key in OpenSSH's format ("ssh-rsa AAAA...").
 
     :raises ValueError: it is no such key.
     """
-    key = load_ssh_public_key(ssh_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    try:
+        public_key = load_ssh_public_key(ssh_key)
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    key = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=key).SerializeToString()
     return str(PeerID(bytes([0x12, 32]) + sha256(content).digest()))  # a multihash: SHA-256, 32 bytes
 

@@ -34,7 +34,7 @@ try:
     from collab.diagnosis import Finding, Verdict, clock_finding, diagnose_peers, identity_finding
     from collab.errors import UserError
     from collab.manifest import Manifest, fetch_manifest
-    from collab.metrics import metrics_validators, read_records
+    from collab.metrics import read_records, run_validators
     from collab.peer import Peer, peer_id_in
     from collab.processes import guard_children, run_program
     from collab.reachability import advice, check_reachability
@@ -213,7 +213,7 @@ class Visit:
         manifest.refuse_other_versions()
         find_task(settings["task"]).refuse_other_files(given, manifest.unpack(self.cache_dir))
         self.manifest = manifest
-        self.peer.dht.add_validators(metrics_validators(settings["run_id"]))
+        self.peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id))
         records = read_records(self.peer, settings["run_id"])
         step = max((record.step for record in records), default=0)
         progress = f"step {step:,} of {settings['max_global_steps']:,}, {len(records)} trainers report"

@@ -26,7 +26,7 @@ from arguments import PeerArguments, option, parse, pick  # noqa: E402
 from collab.console import bar, duration  # noqa: E402
 from collab.errors import UserError  # noqa: E402
 from collab.manifest import Manifest, fetch_manifest, join_command  # noqa: E402
-from collab.metrics import metrics_validators, read_records  # noqa: E402
+from collab.metrics import read_records, run_validators  # noqa: E402
 from collab.monitor import Monitor  # noqa: E402
 from collab.peer import Peer, peer_id_in  # noqa: E402
 from collab.processes import StopSignal, guard_children, run_program  # noqa: E402
@@ -72,7 +72,7 @@ def main() -> None:
     stop = StopSignal()
     with contextlib.closing(start_peer(**network.peer_options() | {"client_mode": True})) as peer:
         manifest = fetch_manifest(peer, Path(network.cache_dir), network.organizer)
-        peer.dht.add_validators(metrics_validators(manifest.settings["run_id"]))
+        peer.dht.add_validators(run_validators(manifest.settings["run_id"], manifest.swarm_id))
         swarm = Swarm(peer, manifest)
         stop.listen()
         terminal = sys.stdout.isatty()

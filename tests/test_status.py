@@ -14,7 +14,7 @@ from arguments import agreed_settings
 from collab.background import Health
 from collab.events import Event
 from collab.manifest import Manifest
-from collab.metrics import metrics_validators, publish_record
+from collab.metrics import publish_record, run_validators
 from collab.peer import Peer
 from collab.view import STATUS_PROTOCOL, PeerView, as_json
 from scripts.status import Swarm, as_text, coloured, columns, fit, sparkline
@@ -89,7 +89,7 @@ def test_without_an_auxiliary_peer_the_records_tell(
     manifest = Manifest.found(settings, {}, organizer.private_key)
     client = start_peer(initial_peers=organizer.addresses(), client_mode=True)
     for peer in (organizer, client):
-        peer.dht.add_validators(metrics_validators("bengali"))
+        peer.dht.add_validators(run_validators("bengali", "bengali_1"))
     now = get_dht_time()
     publish_record(organizer, "bengali", record(organizer.peer_id, 7, name="asha", time=now, reported=now), lifetime=60)
     swarm = Swarm(client, manifest)

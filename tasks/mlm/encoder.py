@@ -86,7 +86,13 @@ def open_encoder(folder: Path) -> "Encoder":
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if not cuts_by_words(rules):
         return plain
-    encoder = PieceEncoder(tokenizer, rules) if is_ours(rules) else WordEncoder(tokenizer)
+    try:
+        encoder = PieceEncoder(tokenizer, rules) if is_ours(rules) else WordEncoder(tokenizer)
+    except RuntimeError as error:  # SentencePiece's
+        raise UserError(
+            f"The tokenizer in {folder} is damaged: {error} Give another copy of it, or train one with "
+            f"`python -m tokenizer.train`."
+        ) from error
     for sample in SAMPLES:
         if not np.array_equal(encoder.encode([sample])[0], plain.encode([sample])[0]):
             logger.warning("%s reads %r in an unknown way: encoding will be several times slower", folder, sample)

@@ -21,6 +21,18 @@ def test_nothing_is_lost_when_records_are_missed_and_peers_or_the_organizer_star
     assert again.of_names() == {"name of a": 70, "name of b": 70}
 
 
+def test_a_damaged_file_is_kept_aside_and_counting_goes_on(tmp_path, caplog):
+    """Else nobody could start the auxiliary peer again."""
+    counted = Contributions(tmp_path / FILE)
+    counted.update([record("a", 1, samples_total=10)], made(1, 10))
+    half = (tmp_path / FILE).read_bytes()[:-20]
+    (tmp_path / FILE).write_bytes(half)
+    again = Contributions(tmp_path / FILE)
+    again.update([record("a", 2, samples_total=20)], made(2, 10))
+    assert again.of_names() == {"name of a": 20}
+    assert (tmp_path / "contributions.damaged").read_bytes() == half and "contributions.damaged" in caplog.text
+
+
 def test_one_person_with_two_computers_is_one_name(tmp_path):
     counted = Contributions(tmp_path / FILE)
     counted.update([record(peer, 1, name="Asha", samples_total=10) for peer in "ab"], made(1, 20))

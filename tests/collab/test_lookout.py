@@ -4,7 +4,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 from hivemind import DHT
@@ -222,7 +221,7 @@ def test_only_addresses_of_the_signer_count() -> None:
         b"no key": entry([own]),
         "text": entry([own]),
     }
-    assert addresses_in(SimpleNamespace(value=records)) == {honest: [own], liar: [], gone: None}
+    assert addresses_in(ValueWithExpiration(records, 1e10)) == {honest: [own], liar: [], gone: None}
 
 
 def test_one_peer_cannot_send_the_others_dialing_without_end() -> None:

@@ -19,18 +19,19 @@ from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
 from collab.errors import UserError
+from collab.lookout import addresses_in
 from collab.manifest import PROTOCOL, Manifest, fetch_manifest, join_command
 from collab.metrics import (
     AuxRecord,
+    OneForEachPeer,
     PeerRecord,
-    SizeValidator,
     announce_saved,
     ask_for_auxiliaries,
     auxiliaries_in,
-    metrics_validators,
     publish_auxiliary,
     publish_record,
     read_records,
+    run_validators,
     wait_until_saved,
 )
 from collab.peer import HEADER_BYTES, Peer, _visible_addresses, peer_id_in, peer_id_of_key
@@ -57,7 +58,7 @@ def pair(start_peer):
     first = start_peer()
     second = start_peer(initial_peers=first.addresses())
     for peer in (first, second):
-        peer.dht.add_validators(metrics_validators("ours"))
+        peer.dht.add_validators(run_validators("ours", "ours_1"))
     return first, second
 
 
@@ -601,9 +602,28 @@ def test_a_long_text_is_stored_nowhere_and_parsed_by_nobody(pair, start_peer, ch
     publish_record(second, "ours", record(second), lifetime=60)
     for reader in pair:
         assert wait_for(lambda: set(stored(reader)) == {second.signature_key})  # noqa: B023
-    assert not SizeValidator(["ours_metrics"], 100).validate(
+    assert not OneForEachPeer(["ours_metrics"], 100).validate(
         DHTRecord(DHTID.generate(source="ours_metrics").to_bytes(), b"", b"\xc1" * 101, 0.0)
     ), "more than is needed would be parsed"
+
+
+@pytest.mark.parametrize("value", [None, {b"a": 1}], ids=str)
+def test_nobody_takes_away_the_records_of_all(pair, start_peer, value):
+    """hivemind lets one value with a late expiration stand in their place, and nobody puts a record there again."""
+    first, second = pair
+    key = "ours_1_addresses"
+    first.publish(key, first.addresses(), 60).result(15)
+    liar = start_peer(initial_peers=first.addresses())
+    lie = partial(_store_in_place_of_all, key=key, value=value)
+    assert not liar.dht.run_coroutine(lie, return_future=True).result(30)
+    second.publish(key, second.addresses(), 60).result(15)
+    for reader in pair:
+        everybody = {first.peer_id, second.peer_id}
+        assert wait_for(lambda: addresses_in(reader.dht.get(key, latest=True)).keys() == everybody)  # noqa: B023
+
+
+async def _store_in_place_of_all(_dht: DHT, node: DHTNode, key: str, value: object) -> bool:
+    return await node.store(key, value, get_dht_time() + 10**6, exclude_self=True)
 
 
 def test_an_auxiliary_peer_is_known_by_its_own_record(pair):

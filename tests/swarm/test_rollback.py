@@ -73,8 +73,15 @@ def test_a_swarm_whose_loss_has_jumped_goes_back_together(tmp_path: Path) -> Non
     assert first[back_at] == first[back_to] and second[back_at] == second[back_to]
     assert f"the swarm has gone back to global step {back_to}" in programs[2].output()
     assert "goes back" not in programs[2].output()
-    for step in range(back_at + 1, LAST_STEP + 1):
-        assert distance(second[step], first[step]) < 1e-4 and distance(third[step], first[step]) < 1e-4, step
+    # From there on they are together; on a busy computer until a round loses a part, and again from the next averaging
+    # of the parameters on, in the last step at the latest.
+    whole = [
+        {report["step"] for report in log["reports"] if report["applied"] and report["parts"] == 1} for log in logs
+    ]
+    torn = min(set(range(back_at + 1, LAST_STEP)) - set.intersection(*whole), default=LAST_STEP)
+    for step in [*range(back_at + 1, torn), LAST_STEP]:
+        found = distance(second[step], first[step]), distance(third[step], first[step])
+        assert max(found) < 1e-4, (step, found, [log["reports"][-10:] for log in logs])
     assert loss_at_the_end(tmp_path, 2) < 1.5
     assert not list((tmp_path / "snapshots").iterdir())
 

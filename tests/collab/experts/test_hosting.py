@@ -13,7 +13,7 @@ from collab.experts.joined import refuse_what_experts_cannot
 from collab.experts.mixture import Mixture
 from collab.experts.plan import ExpertPlan
 from collab.experts.server import ExpertHost
-from collab.metrics import metrics_validators
+from collab.metrics import run_validators
 from collab.peer import Peer
 from tests.collab.experts.conftest import Experts
 from tests.swarm.processes import wait_until
@@ -27,7 +27,7 @@ def a_peer(start_peer: Callable[..., Peer]) -> Callable[[], Peer]:
 
     def start() -> Peer:
         peer = start_peer(initial_peers=peers[0].addresses() if peers else ())
-        peer.dht.add_validators(metrics_validators("test"))
+        peer.dht.add_validators(run_validators("test", "test_abc"))
         peers.append(peer)
         return peer
 
