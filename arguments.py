@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from collab.device import PRECISIONS
 from collab.errors import UserError
+from collab.metrics import MAX_HOSTED
 from collab.presets import PRESETS, fill_in, follows_rule
 from tasks import find_task
 from tasks.mlm.cleaning import DEFAULT_RULES, make_cleaner
@@ -188,6 +189,48 @@ class ImageArguments:
         "(uoft-cs/cifar10), or a folder that `datasets` opens: with a column of pictures of one size, one of classes, "
         "and the splits train and test.",
     )
+
+
+@dataclass
+class ExpertArguments:
+    """The mixtures of experts of a masked LM."""
+
+    _argument_group_name = "its experts, with task: moe_mlm (agreed)"
+
+    experts: int = option(8, "Experts in each mixture. They may have far more parameters than any peer can hold.")
+    experts_per_token: int = option(2, "Experts that each token is sent to, those that the gate likes best.")
+    experts_least: int = option(
+        1,
+        "Answers that each token should have before slow experts are left behind; fewer than experts_per_token, or "
+        "the slowest expert sets the pace.",
+    )
+    expert_size: int = option(
+        0, "Values between the two matrices of an expert. 0: as in the model's own feed-forward layer."
+    )
+    expert_timeout: float = option(
+        5.0, "Seconds after which a call of an expert is given up. A server that has gone silent costs so much, once."
+    )
+    expert_learning_rate: float = option(
+        0.001, "Learning rate of experts: each makes a step of Adam for every batch of gradients that reaches it."
+    )
+    expert_balance: float = option(
+        0.01,
+        "Weight of the loss that makes the gate use all experts alike (Fedus et al. 2021). Raise it if few experts do "
+        "all the work; 0 leaves the gate alone.",
+    )
+    expert_compression: Literal["none", "scaled_float16"] = option(
+        "scaled_float16", "Codec of tokens and their gradients on the way to experts and back: 4 or 2 bytes a value."
+    )
+
+    def __post_init__(self) -> None:
+        require(2 <= self.experts <= 512, "experts", self.experts, "from 2 to 512")
+        each, least = self.experts_per_token, self.experts_least
+        require(2 <= each <= self.experts, "experts_per_token", each, f"from 2 to experts ({self.experts})")
+        require(1 <= least <= each, "experts_least", least, f"from 1 to experts_per_token ({each})")
+        require(self.expert_size >= 0, "expert_size", self.expert_size, "0 or more")
+        require(self.expert_timeout >= 0.5, "expert_timeout", self.expert_timeout, "at least half a second")
+        require(self.expert_learning_rate > 0, "expert_learning_rate", self.expert_learning_rate, "above 0")
+        require(self.expert_balance >= 0, "expert_balance", self.expert_balance, "0 or more")
 
 
 @dataclass
@@ -432,6 +475,25 @@ class TrainerArguments:
 
 
 @dataclass
+class HostArguments:
+    """The experts that a volunteer's machine serves."""
+
+    _argument_group_name = "the experts that this computer serves, in a run with task: moe_mlm"
+
+    serve_experts: int = option(
+        0, "So many, of those that nobody serves yet. 0: a trainer serves none, run_expert_server.py 4."
+    )
+    expert_folder: str = option(
+        "experts", "Folder in which they are saved; a server that is started again goes on with what is there."
+    )
+    expert_save_seconds: float = option(60.0, "Seconds from one saving of them to the next.")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.serve_experts <= MAX_HOSTED, "serve_experts", self.serve_experts, f"from 0 to {MAX_HOSTED}")
+        require(self.expert_save_seconds >= 1, "expert_save_seconds", self.expert_save_seconds, "at least 1")
+
+
+@dataclass
 class AuxArguments:
     """What the organizer's auxiliary peer reports and keeps."""
 
@@ -497,16 +559,21 @@ class AuxArguments:
         require(self.repo_id is None or self.repo_id.count("/") == 1, "repo_id", self.repo_id, "ORG/NAME")
 
 
-TASK_ARGUMENTS: dict[str, type] = {"mlm": MLMArguments, "image_classification": ImageArguments}
+TASK_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "mlm": (MLMArguments,),
+    "image_classification": (ImageArguments,),
+    "moe_mlm": (MLMArguments, ExpertArguments),
+}
 """The arguments that each task has for itself."""
-AGREED: tuple[type, ...] = (RunArguments, *TASK_ARGUMENTS.values(), OptimizerArguments, SwarmArguments)
+_OF_TASKS = dict.fromkeys(cls for classes in TASK_ARGUMENTS.values() for cls in classes)
+AGREED: tuple[type, ...] = (RunArguments, *_OF_TASKS, OptimizerArguments, SwarmArguments)
 CHANGEABLE = frozenset({
     "max_global_steps", "sources", "cleaning", "mask_probability", "seq_length_start", "seq_length_warmup_steps",
     "learning_rate", "min_learning_rate", "warmup_steps", "max_grad_norm", "target_batch_size", "average_state_every",
     "quorum", "failed_round", "rollback_after", "snapshot_every",
 })  # fmt: skip
 """What the organizer can change while a run goes on: nothing has to be built anew for it."""
-EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, AuxArguments)
+EVERYTHING: tuple[type, ...] = (*AGREED, PeerArguments, TrainerArguments, HostArguments, AuxArguments)
 
 
 # ---- reading them ------------------------------------------------------------------------------------------------
@@ -591,9 +658,10 @@ def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     known = {"preset": OptimizerArguments.preset, "task": RunArguments.task, **given}
     task = known["task"]
     find_task(task)  # refuses one that there is not
-    for other, cls in TASK_ARGUMENTS.items():
-        foreign = sorted({f.name for f in fields(cls)} & given.keys()) if other != task else []
-        if foreign:
+    its_own = TASK_ARGUMENTS.get(task, ())
+    for other, classes in TASK_ARGUMENTS.items():
+        keys = {f.name for cls in classes if cls not in its_own for f in fields(cls)}
+        if foreign := sorted(keys & given.keys()):
             raise UserError(
                 f"{', '.join(foreign)} belongs to the task {other}; this run's task is {task}. Leave it out."
             )
@@ -601,7 +669,6 @@ def agreed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for cls in (RunArguments, SwarmArguments):
         pick(cls, known)  # refuses a batch or a length that nothing can be made of
     filled = fill_in(known, known.get("max_global_steps", RunArguments.max_global_steps))
-    its_own = [cls for name, cls in TASK_ARGUMENTS.items() if name == task]
     classes = RunArguments, *its_own, OptimizerArguments, SwarmArguments
     settings = {key: value for cls in classes for key, value in vars(pick(cls, filled)).items()}
     return dict(json.loads(json.dumps(settings)))  # as it will look to peers that receive it

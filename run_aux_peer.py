@@ -38,6 +38,7 @@ from collab.curve import curve_png
 from collab.device import half_of_the_threads
 from collab.errors import UserError
 from collab.events import Events, Lookback
+from collab.experts.directory import ExpertDirectory
 from collab.files import write_bytes, write_text
 from collab.fill_mask import FillMask
 from collab.keeper import Keeper, Saved
@@ -60,7 +61,7 @@ from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from collab.view import STATUS, STATUS_PROTOCOL, RunView, as_json, live_line, look, step_line, sum_up
 from collab.watch import weights_agree
-from tasks import find_task
+from tasks import TaskWithExperts, expert_plan, find_task
 
 POLL_SECONDS = 0.5
 PAGE_SECONDS = 2.0
@@ -129,6 +130,10 @@ def accompany(
 
     # ---- build: the model that checkpoints are made of, the trackers, the uploader
     task = find_task(settings["task"])(settings, folder, cache_dir)
+    experts: ExpertDirectory | None = None
+    if (plan := expert_plan(settings, folder, manifest.swarm_id)) and isinstance(task, TaskWithExperts):
+        experts = ExpertDirectory(peer, plan, run_id, settings["metadata_expiration"])
+        task.use_experts(experts)
     archive = Archive(run_folder / "checkpoints", manifest.swarm_id)
     archive.mend()
     resumed = archive.open_newest(task.model)
@@ -281,6 +286,8 @@ def accompany(
             contributors=list(contributions.of_names().items()),
             duties=[duty.health for duty in duties],
             events=events.recent,
+            experts=experts.views() if experts else (),
+            experts_total=experts.plan.total if experts else 0,
         )
 
     def show(finished: bool = False) -> RunView:
@@ -300,6 +307,8 @@ def accompany(
 
     publishing: Publishing | None = None
     duties: list[Background] = [welcome, recorder, presence, keeper, assistant, lookout, changes]
+    if experts:
+        duties.append(experts)
     if mine.page_port:
         fill_mask = FillMask(lambda: keeper.newest)
         at = "The page is at {}".format

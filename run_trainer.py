@@ -14,6 +14,7 @@ from hivemind.utils import get_dht_time
 
 from arguments import (
     AGREED,
+    HostArguments,
     PeerArguments,
     TrainerArguments,
     agreed_settings,
@@ -35,6 +36,8 @@ from collab.contributions import counted_by_organizer
 from collab.device import in_words as devices_in_words
 from collab.device import pick_devices
 from collab.errors import UserError
+from collab.experts.directory import start_calling
+from collab.experts.joined import JoinedExperts, refuse_what_experts_cannot
 from collab.files import make_folder
 from collab.lookout import Lookout
 from collab.manifest import CODE_VERSION, Manifest, fetch_manifest, join_command
@@ -50,13 +53,13 @@ from collab.speed import Speed, count_flops, peak_flops
 from collab.step import TrainingStep, checkpoint_layers, possible_ways
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
 from collab.watch import ModelWatch, weights_agree
-from tasks import Batches, find_task
+from tasks import Batches, TaskWithExperts, expert_plan, find_task
 from tasks.loader import Loader
 
 
 def main() -> None:
-    given = parse(__doc__ or "", (PeerArguments, TrainerArguments, *AGREED))
-    network, mine = pick(PeerArguments, given), pick(TrainerArguments, given)
+    given = parse(__doc__ or "", (PeerArguments, TrainerArguments, HostArguments, *AGREED))
+    network, mine, hosting = pick(PeerArguments, given), pick(TrainerArguments, given), pick(HostArguments, given)
     cache_dir = Path(network.cache_dir)
     devices = pick_devices(mine.device)
     if mine.save_dir:
@@ -89,6 +92,10 @@ def main() -> None:
         settings, folder = manifest.settings, manifest.unpack(cache_dir)
         manifest.serve(peer, folder)
         run_id = settings["run_id"]
+        plan = expert_plan(settings, folder, manifest.swarm_id)
+        refuse_what_experts_cannot(plan, hosting.serve_experts, mine.gradient_checkpointing)
+        if plan:
+            start_calling()
         ways = possible_ways(mine.precision, devices[0], settings["precisions"])
         serve_bandwidth(peer)
         peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
@@ -135,6 +142,7 @@ def main() -> None:
             return task.batches(micro_batch, place.name, step=lambda: optimizer.local_epoch, state=state)
 
         # ---- train: one turn is one micro-batch; the swarm decides when a global step is made
+        experts: JoinedExperts | None = None
         try:
             if resumed:
                 optimizer.load_state_dict(resumed.optimizer_state)
@@ -167,6 +175,12 @@ def main() -> None:
             )
             batches = Loader(stream(place.state), stop, pinned=devices[0].type == "cuda")
             stages.done("text")
+            if plan:  # only now: trying out the device must not train anybody's experts
+                experts = JoinedExperts(peer, plan, settings, name, device=devices[0], **vars(hosting))
+                for replica in replicas:
+                    if isinstance(replica, TaskWithExperts):
+                        replica.use_experts(experts.directory)
+                stages.done("experts")
             if network.initial_peers:
                 optimizer.load_state_from_peers()
             if not optimizer.has_state:
@@ -290,6 +304,8 @@ def main() -> None:
             altogether = f" The organizer has counted {counted:,} from {name} in this run." if counted else ""
             console.line(f"{name} gave {samples_total:,} samples to the common model.{altogether} Thank you!")
         finally:
+            if experts:
+                experts.stop()
             changes.stop()
             reports.stop()
             lookout.stop()

@@ -27,6 +27,9 @@ MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,400
 KEPT_FOR_EACH_PEER = ("progress", "addresses", "manifest", "publishing", "state_averager.all_averagers")
 CLOCKS_APART = 10.0  # seconds; hivemind refuses peers that are 3 apart
 
+MAX_HOSTED = 64  # experts of one server: its record has to fit
+MAX_EXPERTS = 4096  # of a run
+
 Role = Literal["trainer", "client", "auxiliary"]
 
 
@@ -143,12 +146,39 @@ class AuxRecord(BaseModel):
         return "auxiliary"
 
 
-Record = TypeVar("Record", PeerRecord, AuxRecord)
+class HostedExpert(BaseModel):
+    """An expert as its server sees it."""
+
+    index: conint(strict=True, ge=0, lt=MAX_EXPERTS)  # type: ignore[valid-type]
+    """Which of the run's experts it is."""
+    since: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
+    """Swarm time in seconds at which the server has claimed it: of two claims the earlier one counts."""
+    steps: conint(strict=True, ge=0, le=MAX_SAMPLES)  # type: ignore[valid-type]
+    """Optimizer steps that it has made in its life."""
+    rows_per_second: confloat(strict=True, ge=0.0, le=1e12)  # type: ignore[valid-type]
+    """Tokens that it has computed lately, in both passes together."""
+
+
+class ServerRecord(BaseModel):
+    """What a server of experts says of itself, every few seconds."""
+
+    name: constr(strict=True, max_length=40)  # type: ignore[valid-type]
+    peer_id: constr(strict=True, max_length=64)  # type: ignore[valid-type]
+    version: constr(strict=True, max_length=32)  # type: ignore[valid-type]
+    experts: conlist(HostedExpert, max_items=MAX_HOSTED)  # type: ignore[valid-type]
+    reported: confloat(strict=True, ge=0.0, le=1e11)  # type: ignore[valid-type]
+    """Swarm time in seconds."""
+    left: StrictBool = False
+    """Whether this was its goodbye."""
+
+
+Record = TypeVar("Record", PeerRecord, AuxRecord, ServerRecord)
 
 
 class _MetricsSchema(BaseModel):
     metrics: dict[BytesWithPublicKey, PeerRecord]
     auxiliaries: dict[BytesWithPublicKey, AuxRecord]
+    servers: dict[BytesWithPublicKey, ServerRecord]
 
 
 class OneForEachPeer(RecordValidatorBase):
@@ -181,11 +211,12 @@ class OneForEachPeer(RecordValidatorBase):
 def run_validators(run_id: str, swarm_id: str) -> list[RecordValidatorBase]:
     """Validators that every peer of a run adds to its DHT: records that break the schema, that are longer than
     `MAX_RECORD_BYTES`, or that stand in the place of all peers' are not stored anywhere."""
-    keys = [_key(run_id), _auxiliaries_key(run_id), *(f"{swarm_id}_{what}" for what in KEPT_FOR_EACH_PEER)]
+    keys = [_key(run_id), _auxiliaries_key(run_id), _servers_key(run_id)]
+    keys += [f"{swarm_id}_{what}" for what in KEPT_FOR_EACH_PEER]
     return [SchemaValidator(_MetricsSchema, prefix=run_id), OneForEachPeer(keys, MAX_RECORD_BYTES)]
 
 
-def is_live(record: PeerRecord | AuxRecord, lifetime: float, now: float | None = None) -> bool:
+def is_live(record: PeerRecord | AuxRecord | ServerRecord, lifetime: float, now: float | None = None) -> bool:
     """Whether the peer is there by its own word; the DHT holds records longer than that.
 
     :param lifetime: seconds for which its word counts: the run's `metadata_expiration`. A time in the future does not.
@@ -208,6 +239,21 @@ def ask_for_auxiliaries(peer: Peer, run_id: str) -> MPFuture:
 def auxiliaries_in(answer: ValueWithExpiration | None) -> list[AuxRecord]:
     """`records_in` for auxiliary peers."""
     return _signed_in(answer, AuxRecord)
+
+
+def publish_server(peer: Peer, run_id: str, record: ServerRecord, lifetime: float) -> MPFuture:
+    """Store an expert server's record under its signature, for `lifetime` seconds."""
+    return peer.publish(_servers_key(run_id), record.dict(), lifetime)
+
+
+def ask_for_servers(peer: Peer, run_id: str) -> MPFuture:
+    """The expert servers' records: give the result to `servers_in`."""
+    return peer.dht.get(_servers_key(run_id), latest=True, return_future=True)
+
+
+def servers_in(answer: ValueWithExpiration | None) -> list[ServerRecord]:
+    """`records_in` for expert servers."""
+    return _signed_in(answer, ServerRecord)
 
 
 def publish_record(peer: Peer, run_id: str, record: PeerRecord, lifetime: float) -> MPFuture:
@@ -268,3 +314,7 @@ def _key(run_id: str) -> str:
 
 def _auxiliaries_key(run_id: str) -> str:
     return f"{run_id}_auxiliaries"
+
+
+def _servers_key(run_id: str) -> str:
+    return f"{run_id}_servers"

@@ -10,12 +10,13 @@ from html import escape
 from typing import NamedTuple
 
 from collab.public_text import public_line, public_name
-from collab.view import SHOWN_ROUNDS, LossAt, PeerView, RunView, verdict
+from collab.view import SHOWN_ROUNDS, ExpertView, LossAt, PeerView, RunView, verdict
 
 REFRESH_SECONDS = 5
 CURVE_POINTS = 240  # more than this many steps are averaged in groups: a screen shows no more, and the page stays small
 SHOWN_NAMES = 20
 SHOWN_EVENTS = 30
+SHOWN_EXPERTS = 64
 
 
 def render_page(run: RunView, served: bool = False) -> str:
@@ -27,7 +28,7 @@ def render_page(run: RunView, served: bool = False) -> str:
     again = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
     refresh = "" if run.finished else f"<noscript>{again}</noscript>" if served else again
     sections = [
-        _header(run), _figures(run), _curve(run), _rounds(run), _join(run), _peers(run), _board(run),
+        _header(run), _figures(run), _curve(run), _rounds(run), _join(run), _peers(run), _experts(run), _board(run),
         _try(run) if served else "", _events(run), _duties(run), _footer(run, served),
     ]  # fmt: skip
     return f"""<!doctype html>
@@ -234,6 +235,38 @@ def _peer(peer: PeerView, step: int) -> str:
         f'<td class="more">{wait}</td><td class="more">{memory}</td>'
         f"<td>{f'{peer.samples:,}' if peer.samples else '–'}</td>"
         f'<td class="more">{peer.last_step:,}{behind}</td><td class="more">{_number(peer.loss)}</td></tr>\n'
+    )
+
+
+def _experts(run: RunView) -> str:
+    if not run.experts_total:
+        return ""
+    served = {expert.index: expert for expert in run.experts}
+    alive = sum(expert.milliseconds is not None for expert in run.experts)
+    rows = "".join(_expert(index, served.get(index)) for index in range(min(run.experts_total, SHOWN_EXPERTS)))
+    others = run.experts_total - SHOWN_EXPERTS
+    more = f'<p class="soft">and {others:,} others</p>' if others > 0 else ""
+    return f"""<section aria-labelledby="h-experts"><h2 id="h-experts">Experts
+<small class="soft" id="live-alive" data-live>{alive:,} of {run.experts_total:,} answer</small></h2>
+<div class="scroll" role="region" aria-labelledby="h-experts" tabindex="0"><table>
+<caption class="unseen">The experts of this run, and who serves them</caption>
+<thead><tr><th scope="col">Expert</th><th scope="col">Answers in</th><th scope="col">Tokens/s</th>
+<th scope="col">Steps</th></tr></thead>
+<tbody id="live-experts" data-live>
+{rows}</tbody></table></div>{more}</section>
+"""
+
+
+def _expert(index: int, expert: ExpertView | None) -> str:
+    if expert is None:
+        nobody = '<span class="alone word">○ nobody serves it</span>'
+        return f'<tr><th scope="row">{index}{nobody}</th><td>–</td><td>–</td><td>–</td></tr>\n'
+    silent = '<span class="alone word">○ silent</span>'
+    answers = silent if expert.milliseconds is None else f"{expert.milliseconds:,.0f} ms"
+    who = f'<span class="soft"><bdi>{escape(public_name(expert.server))}</bdi></span>'
+    return (
+        f'<tr><th scope="row">{index}{who}</th><td>{answers}</td>'
+        f"<td>{expert.rows_per_second:,.0f}</td><td>{expert.steps:,}</td></tr>\n"
     )
 
 

@@ -111,6 +111,24 @@ class PeerView:
 
 
 @dataclass(frozen=True)
+class ExpertView:
+    """An expert that a peer serves, in a run that has some.
+
+    :param index: its number in the run.
+    :param server: public name of who serves it: a stranger's word.
+    :param milliseconds: that the auxiliary peer has waited for its answers lately; None if it gives none.
+    :param rows_per_second: tokens that it computes now, in both passes together.
+    :param steps: that it has been trained for.
+    """
+
+    index: int
+    server: str
+    milliseconds: float | None
+    rows_per_second: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class RunView:
     """Everything that is shown.
 
@@ -129,6 +147,8 @@ class RunView:
     :param contributors: (public name, samples), the largest first.
     :param duties: how each duty of the auxiliary peer is doing.
     :param events: the newest first.
+    :param experts: that are served, by their number; those that nobody serves are missing.
+    :param experts_total: that the run has; 0 if its task has none.
     :param swarm: further figures of the whole swarm by name, see `monitor.SwarmView`; NaN if they are not known.
     """
 
@@ -151,6 +171,8 @@ class RunView:
     contributors: Sequence[tuple[str, int]] = ()
     duties: Sequence[Health] = ()
     events: Sequence[Event] = ()
+    experts: Sequence[ExpertView] = ()
+    experts_total: int = 0
     swarm: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -288,7 +310,7 @@ def from_json(text: str | bytes) -> RunView:
         if content.pop("version") != JSON_VERSION:
             raise ValueError("it was written by another version of the code")
         content.pop("loss")
-        parts = {"history": Round, "peers": PeerView, "duties": Health, "events": Event}
+        parts = {"history": Round, "peers": PeerView, "duties": Health, "events": Event, "experts": ExpertView}
         made: dict[str, Any] = {name: [kind(**entry) for entry in content.pop(name)] for name, kind in parts.items()}
         contributors = [(str(name), int(samples)) for name, samples in content.pop("contributors")]
         run = RunView(**content, **made, contributors=contributors)
@@ -322,6 +344,9 @@ def as_prometheus(run: RunView) -> str:
         ("round_peers_expected", "gauge", "Peers that should have.", [({}, last.peers_expected if last else None)]),
         ("recent_rounds", "gauge", f"The last {SHOWN_ROUNDS} rounds by how they went.",
          [({"verdict": how}, verdicts.count(how)) for how in ("full", "partial", "alone")]),
+        ("experts", "gauge", "Experts that the run has.", [({}, run.experts_total or None)]),
+        ("experts_alive", "gauge", "Experts that answer.",
+         [({}, sum(e.milliseconds is not None for e in run.experts) if run.experts_total else None)]),
         ("seconds_to_next_step", "gauge", "Until enough samples are there.", [({}, run.seconds_to_next_step)]),
         ("seconds_to_end", "gauge", "To the end of the run at this pace.", [({}, run.seconds_to_end)]),
         ("contributors", "gauge", "Public names that have given samples.", [({}, len(run.contributors))]),
@@ -358,6 +383,7 @@ def _public(run: RunView) -> RunView:
         contributors=[(public_name(name), samples) for name, samples in run.contributors[:SHOWN_CONTRIBUTORS]],
         duties=[replace(d, name=public_line(d.name), last_error=public_line(d.last_error)) for d in run.duties],
         events=[replace(event, text=public_line(event.text)) for event in run.events],
+        experts=[replace(expert, server=public_name(expert.server)) for expert in run.experts],
         swarm={name: run.swarm.get(name) for name in OF_SWARM},
     )
 

@@ -4,11 +4,13 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from collab.errors import UserError
+from collab.experts.mixture import Experts
+from collab.experts.plan import ExpertPlan
 
 Batch = dict[str, torch.Tensor]
 """The first dimension of each tensor is that of the samples."""
@@ -16,6 +18,7 @@ Batch = dict[str, torch.Tensor]
 TASKS = {
     "mlm": "tasks.mlm.task:MaskedLM",
     "image_classification": "tasks.image_classification.task:ImageClassification",
+    "moe_mlm": "tasks.moe_mlm.task:MoEMaskedLM",
 }
 """Name in a run's YAML: where its class is. A new task is one folder, one line here, and its own arguments in
 arguments.py."""
@@ -125,6 +128,29 @@ class Task(Protocol):
 
     def description(self) -> dict[str, str]:
         """What the model card and the page say about it: {heading: text}."""
+
+
+@runtime_checkable
+class TaskWithExperts(Protocol):
+    """What a task has beside, if parts of its model live on other peers (`collab.experts`)."""
+
+    @staticmethod
+    def expert_plan(settings: Mapping[str, Any], folder: Path, swarm_id: str) -> ExpertPlan:
+        """What its experts are, for who serves them.
+
+        :param folder: holds the files that `prepare` returned.
+        :param swarm_id: the run's (`Manifest.swarm_id`).
+        :raises UserError: its model cannot have any.
+        """
+
+    def use_experts(self, experts: Experts) -> None:
+        """Call these from now on. Before, there are none, so that trying out a device trains nobody's experts."""
+
+
+def expert_plan(settings: Mapping[str, Any], folder: Path, swarm_id: str) -> ExpertPlan | None:
+    """What the experts of a run are; None if its task has none. The arguments are those of `TaskWithExperts`."""
+    task = find_task(settings["task"])
+    return task.expert_plan(settings, folder, swarm_id) if hasattr(task, "expert_plan") else None
 
 
 def find_task(name: str) -> type[Task]:

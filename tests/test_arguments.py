@@ -12,6 +12,7 @@ from arguments import (
     AGREED,
     EVERYTHING,
     AuxArguments,
+    ExpertArguments,
     ImageArguments,
     MLMArguments,
     OptimizerArguments,
@@ -347,7 +348,7 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
 def test_agreed_settings_are_complete_and_pure_json():
     given = read("--run_id", "ours", "--sources", "{embedded: true}", "--micro_batch_size", "4", "--seed", "9")
     settings = agreed_settings(given)
-    classes = set(AGREED) - {ImageArguments}
+    classes = set(AGREED) - {ImageArguments, ExpertArguments}
     assert set(settings) == {field.name for cls in classes for field in dataclasses.fields(cls)}
     assert settings["seed"] == 9 and settings["target_batch_size"] == SwarmArguments().target_batch_size
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
@@ -426,3 +427,12 @@ def test_help_lists_options_with_their_defaults(program, own):
     text = " ".join(done.stdout.split())
     assert own in text and "--initial_peers" in text and "--config" in text
     assert f"(default: {SwarmArguments().target_batch_size})" in text
+
+
+def test_a_task_may_share_arguments_with_another_one() -> None:
+    settings = agreed_settings(read("--run_id", "ours", "--task", "moe_mlm", "--vocab_size", "700", "--experts", "4"))
+    assert (settings["vocab_size"], settings["experts"], settings["experts_per_token"]) == (700, 4, 2)
+    with pytest.raises(UserError, match="experts belongs to the task moe_mlm; this run's task is mlm"):
+        agreed_settings(read("--run_id", "ours", "--experts", "4"))
+    with pytest.raises(UserError, match="experts_per_token is 9, but it must be from 2 to experts"):
+        agreed_settings(read("--run_id", "ours", "--task", "moe_mlm", "--experts_per_token", "9"))

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from arguments import AGREED, AuxArguments, PeerArguments, TrainerArguments, parse, pick
+from arguments import AGREED, AuxArguments, HostArguments, PeerArguments, TrainerArguments, parse, pick
+from run_expert_server import ServerArguments
 from scripts.inspect_data import InspectArguments
 from scripts.status import StatusArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
-    "run_trainer.py": (*AGREED, PeerArguments, TrainerArguments),
+    "run_trainer.py": (*AGREED, PeerArguments, TrainerArguments, HostArguments),
+    "run_expert_server.py": (PeerArguments, HostArguments, ServerArguments),
     "scripts/inspect_data.py": (*AGREED, InspectArguments),
     "scripts/status.py": (PeerArguments, StatusArguments),
     "scripts/doctor.py": (*AGREED, PeerArguments, TrainerArguments),

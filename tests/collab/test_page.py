@@ -2,13 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from collab.page import curve_svg, loss_in_words, render_page
 from collab.public_text import public_name
-from collab.view import PeerView, Round, RunView, verdict
+from collab.view import ExpertView, PeerView, Round, RunView, as_json, as_prometheus, from_json, verdict
 from tests.runs import rounds, some_run
 
 
@@ -193,3 +194,18 @@ def test_any_history_gives_a_logarithmic_curve(losses) -> None:
     assert all(0 <= height <= 270 for height in heights) and heights == sorted(heights, reverse=True)
     if len([loss for loss in losses if loss > 0]) > 1:
         assert 2 <= len(heights) <= 12
+
+
+def test_experts_are_listed_with_who_serves_them_and_what_is_missing_is_said() -> None:
+    assert "Experts" not in words(some_run())
+    served = [ExpertView(0, "<u>lab</u>", 12.3, 1520.4, 2345), ExpertView(2, "attic", None, 0.0, 9)]
+    run = some_run(experts=served, experts_total=4)
+    text = words(run)
+    for expected in (
+        "Experts 1 of 4 answer", "0 <u>lab</u> 12 ms 1,520 2,345", "1 ○ nobody serves it", "2 attic ○ silent 0 9",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert not Page(render_page(run)).all("u")
+    assert from_json(as_json(run)).experts == [replace(served[0], server="<u>lab</u>"), served[1]]
+    assert 'samiti_experts_alive{run_id="bengali-albert"} 1' in as_prometheus(run)
+    assert "samiti_experts{" not in as_prometheus(some_run())

@@ -16,6 +16,7 @@ from collab.monitor import Monitor, StepSummary
 from collab.page import render_page
 from collab.view import (
     OF_SWARM,
+    ExpertView,
     PeerView,
     Round,
     RunView,
@@ -44,6 +45,8 @@ RUN = RunView(
     contributors=[("asha", 1204), ("bela", 10)],
     duties=[Health("Keeping checkpoints", 2, "OSError: disk full", 1.5)],
     events=[Event(1500.0, "joined", "bela joined")],
+    experts=[ExpertView(3, "attic", 8.5, 1200.0, 77)],
+    experts_total=8,
     swarm=dict.fromkeys(OF_SWARM) | {"tokens": 1e6, "peers_auxiliary": 2.0},
 )
 SAMPLE = re.compile(r'([a-z_]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+)\} (\S+)')
