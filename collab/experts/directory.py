@@ -73,13 +73,14 @@ class Remote:
         try:
             asked = self._stub.rpc_info(runtime_pb2.ExpertUID(uid=self._expert.uid))
             info = MSGPackSerializer.loads((await asyncio.wait_for(asked, PROBE_SECONDS)).serialized_info)
+            schemas = info["forward_schema"], info["outputs_schema"]
         except TimeoutError:
             return f"no answer within {PROBE_SECONDS:.0f} seconds"
         except Exception as error:  # noqa: BLE001 - strangers answer whatever they like; the reason is told
             return str(error).strip() or type(error).__name__
-        schema = (self._plan.schema,)
-        if info["forward_schema"] != (schema, {}) or info["outputs_schema"] != schema[0]:
-            return f"its tensors are {info['forward_schema']}, and this run's are {schema}"
+        schema = self._plan.schema
+        if schemas != (((schema,), {}), schema):
+            return f"its tensors are {schemas[0]}, and this run's are {schema}"
         self._note(began)
         return ""
 

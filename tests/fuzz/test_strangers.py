@@ -21,12 +21,15 @@ from hypothesis import strategies as st
 
 from collab.averager import StateAverager
 from collab.codecs import CODECS
+from collab.experts.directory import Remote
+from collab.experts.plan import ExpertPlan, holders
+from collab.experts.server import TrainedExpert
 from collab.lease import claims_in
 from collab.link import allreduce_limit, settle_claims, silence_limit
 from collab.lookout import addresses_in
 from collab.manifest import Manifest
 from collab.matchmaking import SwarmMatchmaking
-from collab.metrics import auxiliaries_in, records_in
+from collab.metrics import auxiliaries_in, records_in, servers_in
 from collab.monitor import Monitor
 from collab.peer import peer_id_of_public_key
 from collab.reachability import addresses_to_dial
@@ -44,6 +47,8 @@ RECORD = record(PEER_ID, 7, name="somebody").dict()
 PROGRESS = LocalTrainingProgress(
     peer_id=b"1" * 34, epoch=7, samples_accumulated=9, samples_per_second=3.0, time=1.0, client_mode=False
 ).dict()
+SERVER = {"name": "gpu", "peer_id": PEER_ID, "version": "1", "reported": 1.0}
+SERVER |= {"experts": [{"index": 3, "since": 1.0, "steps": 7, "rows_per_second": 2.0}]}
 AUXILIARY = {"name": "aux", "peer_id": PEER_ID, "version": "1", "rounds": 1, "saved_step": 1, "reported": 1.0}
 
 
@@ -70,6 +75,12 @@ def test_records_of_trainers(answer: Any) -> None:
 def test_records_of_auxiliary_peers(answer: Any) -> None:
     with guarded():
         auxiliaries_in(answer)
+
+
+@fuzz(answers(OWNERS, altered(SERVER) | VALUES))
+def test_records_of_expert_servers(answer: Any) -> None:
+    with guarded():
+        holders(servers_in(answer), lifetime=1e12)
 
 
 @fuzz(answers(OWNERS, VALUES))
@@ -144,6 +155,32 @@ def test_who_says_nothing_that_can_be_understood_is_not_let_in(gather: bytes) ->
             _mbits, mode, told = MSGPackSerializer.loads(gather)
             assert mode in (0, 1, 2)
             MSGPackSerializer.loads(told)
+
+
+PLAN = ExpertPlan("run", layers=1, experts=4, hidden_size=8, inner_size=16, timeout=60.0, learning_rate=0.01)
+
+
+@fuzz(VALUES | altered({"forward_schema": ((PLAN.schema,), {}), "outputs_schema": PLAN.schema}))
+def test_what_an_expert_server_says_of_itself(info: Any) -> None:
+    """The directory asks all servers at once, so that one could keep it from finding any other."""
+    server: Any = Remote.__new__(Remote)
+    server.__dict__.update(_plan=PLAN, index=0, peer_id="Qm", seconds=math.nan, answered=0.0)
+
+    async def rpc_info(_request: Any) -> Any:
+        return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
+
+    server._stub, server._expert = SimpleNamespace(rpc_info=rpc_info), SimpleNamespace(uid="run.0")
+    with guarded():
+        assert isinstance(asyncio.run(server.probe()), str)
+
+
+EXPERT = TrainedExpert(PLAN, 0)
+
+
+@fuzz(damaged(EXPERT.as_bytes()))
+def test_experts_that_other_servers_hand_out(data: bytes) -> None:
+    with guarded(), contextlib.suppress(ValueError):
+        EXPERT.load_bytes(data)
 
 
 @pytest.mark.parametrize("codec", CODECS)
