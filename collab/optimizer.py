@@ -409,9 +409,10 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.last_round = None  # the others are ahead: there is no verdict on it yet, and no other round beside it
             return
         self._judge_state_round()
-        self._round_began, self._round_step = time.monotonic(), self.local_epoch + 1
         if self.tracker.global_progress.num_peers <= 1:
             self._look_who_is_there()
+        # Who is two steps behind makes both at once: in the round of the first one nobody is left.
+        self._round_began, self._round_step = time.monotonic(), max(self.local_epoch + 1, self.tracker.global_epoch)
         self._expected = max(1, self.tracker.global_progress.num_peers)
         if self._expected > 1:
             said = [self._round_step, self.tracker.local_progress.samples_accumulated]

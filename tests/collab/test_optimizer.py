@@ -863,3 +863,27 @@ def test_with_local_updates_a_global_step_takes_a_round_at_least(monkeypatch, go
     )
     optimizer._update_global_epoch(None)
     assert counted.number == optimizer._begin_averaging_state.number == made
+
+
+@pytest.mark.parametrize(("others_at", "round_number"), [(4, 5), (5, 5), (6, 6)])
+def test_with_local_updates_who_has_fallen_behind_begins_the_round_in_which_the_others_are(others_at, round_number):
+    """In that of the step which it jumps over nobody is any more: two peers jumped over each other for ever."""
+    began: list[Any] = []
+    optimizer = bare(
+        SwarmOptimizer,
+        state_averager=SimpleNamespace(
+            local_epoch=4,
+            schedule_step=lambda gather, timeout: began.append(gather) or SimpleNamespace(add_done_callback=Calls()),
+        ),
+        tracker=SimpleNamespace(
+            global_epoch=others_at,
+            global_progress=SimpleNamespace(num_peers=2),
+            local_progress=SimpleNamespace(samples_accumulated=7),
+        ),
+        averaging_timeout=9.0,
+        _round_step=4,
+        _expected=2,
+        _judge_state_round=Calls(),
+    )
+    optimizer._begin_averaging_state()
+    assert began == [[round_number, 7]]

@@ -39,6 +39,7 @@ def test_who_accepts_no_connections_joins_as_a_client_by_itself_and_its_samples_
         "--host_maddrs", "/ip4/0.0.0.0/tcp/31337",
     )  # fmt: skip
     auxiliary.wait_for_output("Others join with")
+    wait_until((folder / "join.txt").exists, 10, auxiliary.output)
     line = (folder / "join.txt").read_text()
     assert f"/ip4/{open_.ip}/tcp/31337/p2p/" in line and "127.0.0.1" not in line
     assert "public address could not be found out" in auxiliary.output()
