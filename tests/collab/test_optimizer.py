@@ -869,12 +869,14 @@ def test_with_local_updates_a_global_step_takes_a_round_at_least(monkeypatch, go
 def test_with_local_updates_who_has_fallen_behind_begins_the_round_in_which_the_others_are(others_at, round_number):
     """In that of the step which it jumps over nobody is any more: two peers jumped over each other for ever."""
     began: list[Any] = []
+
+    def schedule_step(gather: Any, timeout: float) -> Any:
+        began.append(gather)
+        return SimpleNamespace(add_done_callback=Calls())
+
     optimizer = bare(
         SwarmOptimizer,
-        state_averager=SimpleNamespace(
-            local_epoch=4,
-            schedule_step=lambda gather, timeout: began.append(gather) or SimpleNamespace(add_done_callback=Calls()),
-        ),
+        state_averager=SimpleNamespace(local_epoch=4, schedule_step=schedule_step),
         tracker=SimpleNamespace(
             global_epoch=others_at,
             global_progress=SimpleNamespace(num_peers=2),
