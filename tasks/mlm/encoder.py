@@ -72,7 +72,7 @@ def open_encoder(folder: Path) -> "Encoder":
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what comes from Rust has no type of its own
         raise UserError(
             f"The tokenizer in {folder} cannot be opened: {str(error).splitlines()[0]} Give a folder that holds a "
             f"tokenizer.json, or train one with `python -m tokenizer.train`."

@@ -317,7 +317,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path, source: StartM
         name = str(folder)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what comes from Rust has no type of its own
         raise UserError(
             f"The tokenizer {name!r} cannot be opened: {str(error).splitlines()[0]} Set `tokenizer` to a folder or a "
             f"name on the Hub, or leave it out to train one."
