@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test fast swarm fuzz lint bench clean
+.PHONY: setup demo test fast swarm chaos fuzz lint bench clean
 
 setup: $(READY)
 
@@ -26,10 +26,13 @@ demo: setup
 test: fast swarm
 
 fast: setup
-	@$(RUN) -m pytest -m "not swarm"
+	@$(RUN) -m pytest -m "not swarm and not chaos"
 
 swarm: setup
 	@$(RUN) -m pytest -m swarm
+
+chaos: setup
+	@$(RUN) -m pytest -m chaos
 
 fuzz: setup
 	@SAMITI_FUZZ=30 $(RUN) -m pytest tests/fuzz

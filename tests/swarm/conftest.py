@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.collab.conftest import guarded  # noqa: F401 - a fixture
+from tests.swarm.peers import Peers
 from tests.swarm.processes import LOOPBACK, Program, assert_no_survivors, wait_until
 
 TINY_MODEL = """{"model_type": "albert", "architectures": ["AlbertForPreTraining"], "embedding_size": 16,
@@ -94,3 +95,13 @@ def swarm(tmp_path: Path, shared_cache: Path) -> Iterator[Swarm]:
     swarm = Swarm(tmp_path, shared_cache)
     yield swarm
     swarm.end()
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Peers]:
+    peers = Peers(tmp_path)
+    yield peers
+    for program in peers.programs:
+        program.end()
+    for program in peers.programs:
+        assert_no_survivors(program)

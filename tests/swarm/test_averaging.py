@@ -2,8 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,53 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.swarm.conftest import Swarm
-from tests.swarm.processes import Program, assert_no_survivors, wait_until
+from tests.swarm.peers import Peers
+from tests.swarm.processes import assert_no_survivors, wait_until
 
 pytestmark = pytest.mark.swarm
-
-
-class Peers:
-    """Regression peers that start together."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.programs: list[Program] = []
-
-    def start(self, role: str = "trainer", steps: int = 4, **settings: Any) -> Program:
-        number = len(self.programs)
-        command = ["-m", "benchmarks.regression_peer", str(self.folder), "--number", str(number), "--role", role]
-        command += ["--steps", str(steps), "--settings", json.dumps(settings)]
-        if self.programs:
-            command += ["--initial_peers", (self.folder / "address-0").read_text()]
-        program = Program(f"{role}-{number}", command, self.folder / f"peer-{number}.log")
-        self.programs.append(program)
-        wait_until((self.folder / f"ready-{number}").exists, 60, program.output)
-        program.remember_family()
-        return program
-
-    def go(self) -> None:
-        (self.folder / "go").touch()
-
-    def step(self, number: int) -> int:
-        """The latest global step that a running peer has made."""
-        path = self.folder / f"step-{number}"
-        return int(path.read_text()) if path.exists() else 0
-
-    def weights(self, number: int) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / f"weights-{number}.safetensors")
-
-    def reports(self, number: int) -> list[dict[str, Any]]:
-        return json.loads((self.folder / f"log-{number}.json").read_text())["reports"]
-
-
-@pytest.fixture
-def peers(tmp_path: Path) -> Iterator[Peers]:
-    peers = Peers(tmp_path)
-    yield peers
-    for program in peers.programs:
-        program.end()
-    for program in peers.programs:
-        assert_no_survivors(program)
 
 
 def test_peers_that_accept_no_connections_average_through_an_auxiliary_peer(peers: Peers) -> None:
