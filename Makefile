@@ -1,5 +1,6 @@
 # make demo    a whole swarm on this machine, in minutes     make test   everything that is tested
 # make setup   only what both need                           make lint   style and types     make fast  quick tests
+# make chaos   everything bad at its full length, and its prices into docs/reliability.md; make test has the short form
 # make fuzz    garbage wherever bytes come from strangers: 100,000 inputs instead of the few thousand of make fast
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test fast swarm chaos fuzz lint bench clean
+.PHONY: setup demo test fast swarm faults chaos fuzz lint bench clean
 
 setup: $(READY)
 
@@ -23,7 +24,7 @@ $(READY): requirements.txt requirements-dev.txt
 demo: setup
 	@$(RUN) scripts/local_swarm.py --config configs/demo.yaml --trainers 2
 
-test: fast swarm
+test: fast swarm faults
 
 fast: setup
 	@$(RUN) -m pytest -m "not swarm and not chaos"
@@ -31,8 +32,13 @@ fast: setup
 swarm: setup
 	@$(RUN) -m pytest -m swarm
 
-chaos: setup
+faults: setup
 	@$(RUN) -m pytest -m chaos
+
+chaos: setup
+	@mkdir -p runs && rm -f runs/prices.jsonl
+	@CHAOS=full PRICES=runs/prices.jsonl $(RUN) -m pytest -m chaos
+	@$(RUN) -m tests.chaos.prices runs/prices.jsonl
 
 fuzz: setup
 	@SAMITI_FUZZ=30 $(RUN) -m pytest tests/fuzz

@@ -1,11 +1,23 @@
-"""What each fault has cost, told on the terminal and kept for the table in docs/reliability.md."""
+"""What each fault has cost, told on the terminal and kept for the table in docs/reliability.md.
+
+PRICES=runs/prices.jsonl python -m pytest -m chaos && python -m tests.chaos.prices runs/prices.jsonl
+"""
 
 import json
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+
+from collab.files import write_text
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- prices -->\n", "<!-- end of prices -->\n"
+IN_FULL = os.environ.get("CHAOS") == "full"
+"""Whether faults last as long as the promise says (`make chaos`) or just long enough to be noticed (CI)."""
 
 
 class Price(Protocol):
@@ -22,11 +34,33 @@ def price(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
 
     def tell(fault: str, moment: str = "", **cost: float) -> None:
         with capsys.disabled():
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in cost.items())
-            print(f"\n{fault} {moment}: {told}")
+            print(f"\n{fault} {moment}: {in_words(cost)}")
         if file := os.environ.get("PRICES"):
             record = {"fault": fault, "moment": moment, "cost": cost, "test": request.node.nodeid}
             with Path(file).open("a", encoding="utf-8") as prices:
                 prices.write(json.dumps(record) + "\n")
 
     return tell
+
+
+def in_words(cost: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:,.3g}" for name, value in cost.items())
+
+
+def table(records: Iterable[dict[str, Any]]) -> str:
+    """Markdown: a line for each fault that was tried, in the order of the tests."""
+    lines = ["| fault | what it cost | test |", "| --- | --- | --- |"]
+    for record in records:
+        test = record["test"].removeprefix("tests/chaos/").partition("[")[0].replace("::", " ")
+        lines.append(f"| {record['fault']} {record['moment']} | {in_words(record['cost'])} | {test} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    records = map(json.loads, Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
+    before, _, rest = DOC.read_text(encoding="utf-8").partition(BEGIN)
+    write_text(DOC, f"{before}{BEGIN}\n{table(records)}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

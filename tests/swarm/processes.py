@@ -1,5 +1,6 @@
 """Start real programs, wait for conditions with a limit, and leave nothing behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,6 +89,9 @@ class Program:
             self.remember_family()
             self.process.kill()
             self.process.wait()
+        for process in self.family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()  # who is frozen cannot leave
         self._file.close()
 
 
