@@ -26,6 +26,7 @@ ASK_AGAIN_SECONDS = 0.15
 LOOK_SECONDS = 0.5
 LONELY_SECONDS = 1.0
 AUXILIARY_GRACE = 0.5
+SILENT_SECONDS = 5.0
 FAR = 86400.0
 MAX_SAID_BYTES = 1024  # ten times what a peer has to say
 
@@ -43,7 +44,7 @@ class Roster:
 
 
 def draw_up_roster(
-    records: list[LocalTrainingProgress], me: PeerID, round_number: int, lag: int, absent: dict[PeerID, int]
+    records: list[LocalTrainingProgress], me: PeerID, round_number: int, lag: int, absent: dict[PeerID, int], now: float
 ) -> Roster:
     """Tell from the peers' progress who belongs in the round that makes global step `round_number`.
 
@@ -51,6 +52,7 @@ def draw_up_roster(
     :param lag: how many steps further a peer may be in its record while it still averages for this one.
     :param absent: peers that did not come to a round, and its number: nobody waits for them in later rounds until
       their record shows that they have got further.
+    :param now: DHT time. Who has missed the previous step and said nothing since is not waited for either.
     """
     done = round_number - 1
     others = {PeerID(record.peer_id): record for record in records}
@@ -58,7 +60,7 @@ def draw_up_roster(
     here = {
         peer: record
         for peer, record in others.items()
-        if done - 1 <= record.epoch <= done + lag
+        if done - is_there(record, now) <= record.epoch <= done + lag
         and (record.epoch >= absent.get(peer, 0) or absent[peer] == round_number)
     }
     further = [record.epoch for record in others.values() if record.epoch > done + lag and record.samples_per_second]
@@ -72,6 +74,11 @@ def draw_up_roster(
         candidates=tuple(leaders),
         ahead=max(further) if 2 * len(further) > len(trainers) else 0,
     )
+
+
+def is_there(record: LocalTrainingProgress, now: float) -> bool:
+    """Whether a peer has reported lately; auxiliary peers do it seldom."""
+    return not record.samples_per_second or now - record.time < SILENT_SECONDS
 
 
 def _rank(peer: PeerID) -> bytes:
@@ -116,6 +123,7 @@ class SwarmMatchmaking(Matchmaking):
         self.call_seconds: Mapping[PeerID, object] = {}
         """How long a micro-batch takes the peers of the latest group, by what each says."""
         self.roster = Roster(frozenset(), frozenset(), (), 0)
+        self._records: list[LocalTrainingProgress] = []
         self._absent: dict[PeerID, int] = {}
         self._passed_over: set[PeerID] = set()
         self._triggered_at = self._role_since = 0.0
@@ -254,16 +262,28 @@ class SwarmMatchmaking(Matchmaking):
             told = {peer: said for peer, said in signed_entries(answer).items() if said is not None}
             read = {peer: LocalTrainingProgress.parse_obj(said) for peer, said in told.items()}
             # Nobody speaks for others.
-            records = [record for peer, record in read.items() if str(PeerID(record.peer_id)) == peer]
-            self.roster = draw_up_roster(records, self.peer_id, round_number, self.lag, self._absent)
+            self._records = [record for peer, record in read.items() if str(PeerID(record.peer_id)) == peer]
+            draw_up()
 
-        async def keep_looking() -> None:
+        def draw_up() -> None:
+            self.roster = draw_up_roster(
+                self._records, self.peer_id, round_number, self.lag, self._absent, get_dht_time()
+            )
+
+        async def keep_looking(first: asyncio.Task[None]) -> None:
+            await first
             while True:
                 await asyncio.sleep(LOOK_SECONDS)
                 await look()
 
-        await look()
-        watch = asyncio.create_task(keep_looking())
+        first = asyncio.create_task(look())
+        # A peer of the DHT that has hung up is asked for three seconds; what was known before will do until then.
+        await asyncio.wait({first}, timeout=LOOK_SECONDS if self._records else None)
+        if first.done():
+            first.result()
+        else:
+            draw_up()
+        watch = asyncio.create_task(keep_looking(first))
         try:
             yield
         finally:

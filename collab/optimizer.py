@@ -28,7 +28,7 @@ from collab.errors import UserError
 from collab.initial_state import ParamGroups, make_state, params_of, refuse_unknown_ways, share_memory
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
-from collab.matchmaking import LeftBehind
+from collab.matchmaking import SILENT_SECONDS, LeftBehind
 from collab.memory import give_back_freed_memory
 from collab.metrics import MAX_REASON
 from collab.moments import float32_state
@@ -46,7 +46,6 @@ LOAD_STATE_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0
 MOST_FAILED_LOADS = 5
 PROGRESS_SECONDS = 0.5
 LEAST_REPORTED = 0.5
-SILENT_SECONDS = 5.0
 LEAVE_SECONDS = 4.0
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -18,12 +18,13 @@ from tests.swarm.processes import assert_no_survivors, wait_until
 
 pytestmark = pytest.mark.chaos
 
-AVERAGING_TIMEOUT, TARGET, AT_STEP = 6.0, 2000, 4
+AVERAGING_TIMEOUT, TARGET, AT_STEP = 10.0, 2000, 4
 SETTINGS: dict[str, Any] = {"averaging_timeout": AVERAGING_TIMEOUT, "target_batch_size": TARGET}
 SETTINGS |= {"metadata_expiration": 20.0, "average_state_every": 4}
 IN_A_STEP = ["before matchmaking", "in matchmaking", "in all-reduce"]
 SENDING = "while its state is sent"
-LOOKING = 5.0  # seconds that a loaded machine may take to see something
+PARAMETERS = 3.5  # seconds that the round of parameters, which step `AT_STEP` has as well, waits for who is missing
+LOOKING = 3.0  # seconds that a loaded machine may take to see something
 
 
 class Watched:
@@ -61,7 +62,7 @@ class Watched:
 
     def next_step(self, victim: int) -> float:
         """Wait for the others' next global step, no longer than promised; gives the seconds that it was late."""
-        bound = self.normal + AVERAGING_TIMEOUT + LOOKING
+        bound = self.normal + AVERAGING_TIMEOUT + PARAMETERS + LOOKING
         others = set(self.everybody) - {victim}
         wait_until(lambda: max(map(self._peers.step, others)) > self.step, bound, lambda: f"late by over {bound:.1f} s")
         return max(0.0, time.monotonic() - self.began - self.normal)

@@ -4,25 +4,28 @@ import pytest
 from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
 
-from collab.matchmaking import Roster, draw_up_roster, patience_with
+from collab.matchmaking import SILENT_SECONDS, Roster, draw_up_roster, patience_with
 
+NOW = 1000.0
 ME, ONE, TWO, HELPER, CLIENT = (PeerID(bytes([number]) * 34) for number in range(5))
 
 
-def record(peer: PeerID, step: int, *, client: bool = False, auxiliary: bool = False) -> LocalTrainingProgress:
+def record(
+    peer: PeerID, step: int, *, client: bool = False, auxiliary: bool = False, seconds_ago: float = 0.0
+) -> LocalTrainingProgress:
     return LocalTrainingProgress(
         peer_id=peer.to_bytes(),
         epoch=step,
         samples_accumulated=0 if auxiliary else 100,
         samples_per_second=0.0 if auxiliary else 12.5,
-        time=1.0,
+        time=NOW - seconds_ago,
         client_mode=client,
     )
 
 
 def roster(*records: LocalTrainingProgress, round_number: int = 8, lag: int = 0, **absent: int) -> Roster:
     missing = {PeerID(bytes([int(name[1:])]) * 34): number for name, number in absent.items()}
-    return draw_up_roster(list(records), ME, round_number, lag, missing)
+    return draw_up_roster(list(records), ME, round_number, lag, missing, NOW)
 
 
 def test_everybody_at_this_step_or_just_before_belongs_in_the_round() -> None:
@@ -49,9 +52,9 @@ def test_all_peers_choose_the_same_leader() -> None:
     records = [record(peer, 7) for peer in peers]
     orders = set()
     for me in peers:
-        others = draw_up_roster(records, me, 8, 0, {}).candidates
+        others = draw_up_roster(records, me, 8, 0, {}, NOW).candidates
         assert me not in others
-        orders.add(next(peer for peer in draw_up_roster(records, PeerID(b"x" * 34), 8, 0, {}).candidates))
+        orders.add(next(peer for peer in draw_up_roster(records, PeerID(b"x" * 34), 8, 0, {}, NOW).candidates))
         assert others[0] == next(iter(orders)) or me == next(iter(orders))
     assert len(orders) == 1
 
@@ -59,6 +62,14 @@ def test_all_peers_choose_the_same_leader() -> None:
 def test_who_did_not_come_is_not_waited_for_until_it_has_got_further() -> None:
     assert roster(record(ONE, 6), record(TWO, 7), p1=7).trainers == {TWO}
     assert roster(record(ONE, 7), record(TWO, 7), p1=7).trainers == {ONE, TWO}, "it has made step 7 since"
+
+
+def test_who_missed_a_step_and_has_said_nothing_since_is_not_waited_for() -> None:
+    silent = SILENT_SECONDS + 1
+    assert roster(record(ONE, 6, seconds_ago=silent), record(TWO, 6, seconds_ago=1)).trainers == {TWO}
+    found = roster(record(ONE, 7, seconds_ago=silent), record(HELPER, 6, seconds_ago=silent, auxiliary=True))
+    assert found.trainers == {ONE}, "it has made that step, and may be in the middle of a long micro-batch"
+    assert found.auxiliaries == {HELPER}, "they report seldom"
 
 
 def test_a_repeated_round_waits_for_those_who_missed_it_at_first() -> None:
