@@ -84,6 +84,7 @@ def assert_sound(peers: Peers, number: int, met: int, whole: bool = True) -> dic
 
 
 def assert_one_model(peers: Peers, numbers: list[int]) -> None:
+    """After a step in which parameters were averaged: lost parts of gradients count until then."""
     one, *others = (peers.weights(number) for number in numbers)
     for other in others:
         for name, tensor in one.items():
@@ -92,7 +93,7 @@ def assert_one_model(peers: Peers, numbers: list[int]) -> None:
 
 @pytest.mark.parametrize("moment", [*IN_A_STEP, SENDING])
 def test_a_killed_trainer_costs_the_others_one_timeout_at_most(peers: Peers, moment: str, price: Price) -> None:
-    swarm = Watched(peers, "kill", moment, steps=9)
+    swarm = Watched(peers, "kill", moment, steps=12)
 
     def dead() -> list[int]:
         return [n for n in swarm.everybody if peers.programs[n].process.poll() == -signal.SIGKILL]
@@ -113,7 +114,7 @@ def test_a_killed_trainer_costs_the_others_one_timeout_at_most(peers: Peers, mom
 
 @pytest.mark.parametrize("moment", IN_A_STEP)
 def test_a_frozen_trainer_is_waited_for_once_and_comes_back(peers: Peers, moment: str, price: Price) -> None:
-    swarm = Watched(peers, "freeze", moment, steps=70 if IN_FULL else 16)
+    swarm = Watched(peers, "freeze", moment, steps=72 if IN_FULL else 16)
 
     def frozen() -> list[int]:
         return [n for n in swarm.everybody if is_frozen(peers.programs[n].process.pid)]

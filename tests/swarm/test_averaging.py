@@ -63,29 +63,6 @@ def test_the_survivor_of_a_killed_peer_goes_on_alone_and_says_so(peers: Peers) -
         assert tensor.isfinite().all()
 
 
-def test_a_peer_that_froze_is_waited_for_once_and_comes_back_with_the_state_of_the_others(peers: Peers) -> None:
-    trainers = [peers.start(steps=12, target_batch_size=3000, metadata_expiration=60.0) for _ in range(3)]
-    peers.go()
-    wait_until(lambda: min(map(peers.step, range(3))) >= 2, 60, trainers[0].output)
-    frozen = trainers[1].process
-    frozen.send_signal(signal.SIGSTOP)
-    try:
-        last_of_all = max(map(peers.step, range(3))) + 1  # it may have given its gradients for this one already
-        wait_until(lambda: peers.step(0) >= last_of_all + 4, 60, trainers[0].output)
-    finally:
-        frozen.send_signal(signal.SIGCONT)
-    assert [trainer.wait(120) for trainer in trainers] == [0, 0, 0], trainers[1].output()
-
-    reports = peers.reports(0)
-    without = [report for report in reports if report["met"] == 2]
-    assert len(without) >= 3 and all(report["applied"] for report in without), reports
-    # matchmaking_time is 1 second; those who did not come to the first of these rounds are not waited for again.
-    assert sum(report["matchmaking_seconds"] > 1 for report in without) <= 2, without
-    assert reports[-1]["met"] == 3, "it did not come back"
-    for name, tensor in peers.weights(0).items():
-        torch.testing.assert_close(tensor, peers.weights(1)[name], rtol=0, atol=1e-5)
-
-
 def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:
     _, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
     swarm.cold = True
