@@ -282,6 +282,7 @@ def main() -> None:
                 if weights_agree(settings):
                     strayed = watch.has_strayed(step, record.sketch)
                     optimizer.state_averager.doubtful = watch.doubtful
+                    optimizer.note_model(record.sketch)
                     if strayed:
                         optimizer.reload("this peer's model is another one than most have", astray=True)
 

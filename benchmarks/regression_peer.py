@@ -131,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16], help="micro-batch sizes, in turn")
     parser.add_argument("--role", choices=["trainer", "client", "auxiliary"], default="trainer")
+    parser.add_argument("--host", default="127.0.0.1", help="address of this computer to listen on")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=1, help="hidden layers of width * width")
     parser.add_argument("--pace", type=float, default=0.03, help="seconds that a micro-batch takes at least")
@@ -153,7 +154,8 @@ def main() -> None:
     stop = StopSignal()
     peer = Peer(
         initial_peers=options.initial_peers,
-        host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+        host_maddrs=[f"/ip4/{options.host}/tcp/0"],
+        nat_port_map=False,
         client_mode=options.role == "client",
     )
     announce(folder / f"address-{number}", peer.addresses()[0] if options.role != "client" else "")

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, repeat
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from hivemind.averaging import DecentralizedAverager
@@ -31,6 +31,7 @@ from hivemind.utils import MPFuture
 from hivemind.utils.asyncio import aiter_with_timeout, as_aiter, azip
 from hivemind.utils.streaming import combine_from_streaming
 
+from collab.agreement import SKETCH_SIZE, TOLERANCE, strays
 from collab.link import allreduce_limit, settle_claims, silence_limit
 from collab.matchmaking import SwarmMatchmaking
 from collab.memory import give_back_freed_memory
@@ -71,6 +72,8 @@ class RoundTally:
     """Peer ids that sent NaN, infinite or negatively weighted parts; none of those went into the average."""
     wishes: tuple[object, ...] = ()
     """What each trainer in the group says of its loss, see `spikes.step_to_go_back_to`; the same on all of them."""
+    strays: tuple[str, ...] = ()
+    """Peer ids of those with another model than most of the group, if this peer was apart from some of it before."""
 
 
 class Reducer(TensorPartReducer):
@@ -358,6 +361,10 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     """How long a micro-batch takes this peer, if it is known: the others wait accordingly."""
     wish: int | None = None
     """What this peer says of its loss, see `spikes.step_to_go_back_to`."""
+    sketch: Sequence[float] | None = None
+    """`agreement.sketch` of the weights before the next round; None where peers need not have the same."""
+    _last_group: tuple[int, frozenset[str]] = -1, frozenset()
+    """The latest round and who was in it. In the averager's own process."""
     weight: float | None = None
     """Of the next micro-batch among those of this peer; None: its samples."""
     _accumulated_weight = 0.0
@@ -378,7 +385,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
 
     def schedule_step(self, scheduled_time: float | None = None, **kwargs: Any) -> StepControl:
         """Begin to look for the group that makes global step `round_number`."""
-        said = [self.round_number, self.call_seconds, self.wish]
+        said = [self.round_number, self.call_seconds, self.wish, self.sketch]
         return super().schedule_step(scheduled_time, gather=said, **kwargs)
 
     def retry(self, weight: float, timeout: float) -> StepControl:
@@ -440,19 +447,46 @@ class Averager(_MeetsTheSwarm, GradientAverager):
     async def _aggregate_with_group(self, group_info: GroupInfo, min_vector_size: int, **kwargs: Any) -> RoundTally:
         self._tally = None
         modes, said = zip(*(self.serializer.loads(data)[1:3] for data in group_info.gathered), strict=True)
-        told = [_three_things(self.serializer.loads(data)) for data in said]
-        self._matchmaking.call_seconds = {
-            peer: call_seconds for peer, (_round, call_seconds, _wish) in zip(group_info.peer_ids, told, strict=True)
+        told = dict(zip(group_info.peer_ids, (_four_things(self.serializer.loads(data)) for data in said), strict=True))
+        self._matchmaking.call_seconds = {peer: call_seconds for peer, (_round, call_seconds, *_) in told.items()}
+        of_trainers = {
+            str(peer): told[peer]
+            for peer, mode in zip(group_info.peer_ids, modes, strict=True)
+            if mode != AveragingMode.AUX.value
         }
+        number, *_ = told[self.peer_id]
+        astray = self._strays(number, {peer: sketch for peer, (*_, sketch) in of_trainers.items()})
+        if str(self.peer_id) in astray:
+            kwargs["weight"] = 0.0
         await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
         assert self._tally is not None
-        trainers = [mode != AveragingMode.AUX.value for mode in modes]
-        return replace(self._tally, wishes=tuple(wish for (_round, _seconds, wish) in compress(told, trainers)))
+        wishes = tuple(wish for (_round, _seconds, wish, _sketch) in of_trainers.values())
+        return replace(self._tally, wishes=wishes, strays=tuple(astray))
+
+    def _strays(self, number: int, told: dict[str, object]) -> set[str]:
+        """Whose model is another one than most of the group's.
+
+        Parts of a swarm that were apart may meet at the same global step, where nobody is behind: each would go on with
+        its own weights and everybody's gradients. Who was in the last round with all of them is no concern of this one:
+        what drifts apart slowly is watched by `ModelWatch`.
+        """
+        (last_round, last_group), self._last_group = self._last_group, (number, frozenset(told))
+        if last_round >= number - 1 and last_group >= told.keys():
+            return set()
+        return strays({peer: sketch for peer, sketch in told.items() if _is_sketch(sketch)}, TOLERANCE)
 
 
-def _three_things(said: object) -> Sequence[object]:
+def _is_sketch(said: object) -> TypeGuard[Sequence[float]]:
+    return (
+        isinstance(said, list | tuple)
+        and len(said) == SKETCH_SIZE
+        and all(isinstance(value, float) and math.isfinite(value) for value in said)
+    )
+
+
+def _four_things(said: object) -> Sequence[Any]:
     """What a peer tells the group in `schedule_step`; a stranger may say anything."""
-    return said if isinstance(said, list | tuple) and len(said) == 3 else (None, None, None)
+    return said if isinstance(said, list | tuple) and len(said) == 4 else (None, None, None, None)
 
 
 class Gathered(dict[PeerID, Any]):

@@ -24,6 +24,8 @@ LOOK_SECONDS = 15.0
 MAX_ADDRESSES = 8  # of one peer; a stranger must not send this peer dialing without end
 MAX_ADDRESS_LENGTH = 300
 MAX_SEARCHED = 64
+KNOCKS = 4  # peers that are tried at each look
+KNOCK_SECONDS = 5.0
 SHOWN_PEERS = 8
 
 
@@ -44,6 +46,7 @@ class Sightings:
         self.others_expected = 0
         self._missed: dict[str, int] = {}  # looks in a row without a record of that peer
         self._said_alone = False
+        self._knocked = 0
         self._pause, self._searched, self._search_next = FIRST_PAUSE, -math.inf, now + FIRST_PAUSE
 
     @property
@@ -58,8 +61,11 @@ class Sightings:
 
     @property
     def newly_lost(self) -> set[str]:
-        """Peers that vanished, and nothing was said of it yet."""
-        return self._missed.keys() - self.in_sight - set(self.lost)
+        """Peers that vanished, and nothing was said of it yet. The records of those who vanish together do not end in
+        the same moment: while there are more to come, they are waited for a few looks."""
+        lost = self._missed.keys() - self.in_sight - set(self.lost)
+        more_to_come = any(0 < missed < MISSED_LOOKS for missed in self._missed.values())
+        return set() if more_to_come and all(self._missed[peer] < 2 * MISSED_LOOKS for peer in lost) else lost
 
     @property
     def wanted(self) -> list[str]:
@@ -91,6 +97,13 @@ class Sightings:
         self.rounds_alone = self.rounds_alone + 1 if alone else 0
         self.others_expected = report.expected - 1
         self._said_alone &= alone
+
+    def knock_at(self) -> list[str]:
+        """The next few of those that are wanted: if it was a link that broke, one that answers brings back all."""
+        wanted = self.wanted
+        first = self._knocked % len(wanted) if wanted else 0
+        self._knocked += KNOCKS
+        return list(dict.fromkeys([*wanted[first:], *wanted[:first]][:KNOCKS]))
 
     def begin_search(self, now: float) -> set[str] | None:
         """Whether to look for others now; gives those to speak of. Pauses grow as long as nothing new happens."""
@@ -165,7 +178,11 @@ class Lookout(Background):
         if back:
             logger.warning("In sight again: %s. %s", _names(back), TOGETHER)
         lost = sightings.begin_search(time.monotonic())
-        if lost is None or self._stopped.is_set():
+        if self._stopped.is_set():
+            return
+        if lost is None:
+            for peer in sightings.knock_at():
+                self.peer.knock(peer, self._addresses_of(peer), KNOCK_SECONDS)
             return
         alone, wanted = sightings.alone, sightings.wanted
         if alone:
@@ -177,13 +194,14 @@ class Lookout(Background):
                 sightings.rounds_alone, sightings.others_expected, self._reason, self.peer.client_mode
             )
             logger.warning(message)
-        searched = {
-            peer: [*self._given.get(peer, []), *self._announced.get(peer, [])] for peer in wanted[:MAX_SEARCHED]
-        }
-        answered = self.peer.rejoin(searched)
-        back = self._look() if answered else set()
+        searched = {peer: self._addresses_of(peer) for peer in wanted[:MAX_SEARCHED]}
+        found = self.peer.rejoin(searched)
+        back = self._look() if found else set()
         level = logging.WARNING if lost or alone or back else logging.DEBUG
-        logger.log(level, search_message(len(searched), answered, back, lost - back - answered))
+        logger.log(level, search_message(len(searched), found, back, lost - back - found))
+
+    def _addresses_of(self, peer: str) -> list[str]:
+        return [*self._given.get(peer, []), *self._announced.get(peer, [])]
 
     def _publish(self, addresses: list[str] | None) -> MPFuture:
         return self.peer.publish(self._key, addresses, self.lifetime)

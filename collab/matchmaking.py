@@ -28,7 +28,7 @@ LONELY_SECONDS = 1.0
 AUXILIARY_GRACE = 0.5
 SILENT_SECONDS = 5.0
 FAR = 86400.0
-MAX_SAID_BYTES = 1024  # ten times what a peer has to say
+MAX_SAID_BYTES = 1024  # five times what a peer has to say
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ def patience_with(others: Iterable[PeerID], call_seconds: Mapping[PeerID, object
 
 class LeftBehind(MatchmakingException):
     """Most of the others have made this global step already."""
+
+
+class Astray(LeftBehind):
+    """Two parts of the swarm that were apart have met, and the others make this global step with another model."""
 
 
 class SwarmMatchmaking(Matchmaking):

@@ -28,7 +28,7 @@ from collab.errors import UserError
 from collab.initial_state import ParamGroups, make_state, params_of, refuse_unknown_ways, share_memory
 from collab.lamb import Lamb
 from collab.link import HICCUP_SECONDS, Link
-from collab.matchmaking import SILENT_SECONDS, LeftBehind
+from collab.matchmaking import SILENT_SECONDS, Astray, LeftBehind
 from collab.memory import give_back_freed_memory
 from collab.metrics import MAX_REASON
 from collab.moments import float32_state
@@ -536,6 +536,8 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.grad_averager.restore_own_gradient()
         self._load_averaged_gradients_into_optimizer_()
         left_behind = isinstance(failure, LeftBehind) and not self.auxiliary
+        if isinstance(failure, Astray):
+            self.average_state_every = sys.maxsize  # these weights are not for the others
         if left_behind:
             self._leave_the_step_to_the_others()
         elif self.spikes.wants_back and self._expected > 1:
@@ -659,6 +661,9 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._expected = max(self._expected, tally.expected)
         # More than the quorum, or both halves of a split swarm would go on, each with a model of its own.
         enough = len(tally.peers) > self.quorum * self._expected or len(tally.peers) >= self._expected
+        if str(self.dht.peer_id) in tally.strays:
+            self.state_averager.doubtful = frozenset(tally.strays)
+            return tally, Astray("peers that were apart from this one are back, and most have another model")
         if enough or self.auxiliary:
             return tally, None
         return tally, RoundFailed(f"met {len(tally.peers)} of {self._expected} peers, less than the quorum")
@@ -697,6 +702,14 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._must_reload = True
         if not self.client_mode:
             self.state_averager.allow_state_sharing = False
+
+    def note_model(self, sketch: Sequence[float] | None) -> None:
+        """Say which weights this peer has now; those who have been apart compare them in the round in which they meet.
+
+        :param sketch: `agreement.sketch` of the parameters after the latest global step. None: not to be compared.
+        """
+        if self.grad_averager is not None:
+            self.grad_averager.sketch = sketch
 
     def _leave_the_step_to_the_others(self) -> None:
         self.reload(f"round {self._round_step} was made without this peer")
@@ -767,6 +780,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
             if self.grad_averager is not None:
                 self.grad_averager.reset_accumulated_grads_()
+            self.note_model(None)
             self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
                 self.state_averager.allow_state_sharing = False  # until it is checked: `hold_state`

@@ -220,6 +220,11 @@ class Peer:
                 raise OSError(failure)
             return target.read_bytes()
 
+    def knock(self, peer_id: str, addresses: Sequence[str], timeout: float) -> None:
+        """`rejoin` with one peer, without waiting for it."""
+        work = partial(_knock, peer_id=peer_id, addresses=list(addresses), timeout=timeout)
+        self.dht.run_coroutine(work, return_future=True)
+
     def rejoin(self, peers: Mapping[str, Sequence[str]], timeout: float = 10.0) -> set[str]:
         """Dial peers anew, all at once, and make their DHT and this one's the same again. Safe at any time.
 
@@ -514,6 +519,11 @@ async def _dial(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], ti
     if answered:
         node.blacklist.register_success(peer)
     return answered
+
+
+async def _knock(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], timeout: float) -> None:
+    if await _dial(_dht, node, peer_id, addresses, timeout):
+        await _get_acquainted(_dht, node, timeout)
 
 
 async def _get_acquainted(_dht: DHT, node: DHTNode, timeout: float) -> None:

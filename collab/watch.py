@@ -7,13 +7,9 @@ from typing import Any
 
 from hivemind.utils import MPFuture
 
-from collab.agreement import NOT_FINITE, SKETCH_SIZE, distance, majority, strays
+from collab.agreement import NOT_FINITE, SKETCH_SIZE, TOLERANCE, distance, majority, strays
 from collab.metrics import PeerRecord, ask_for_records, records_in
 from collab.peer import Peer
-
-TOLERANCE = 0.01
-"""Relative distance of two models up to which they count as the same. Codecs make a thousandth between two averagings
-of the parameters (measured with int8 at a learning rate of 0.003); a single missed step of that size makes a tenth."""
 
 STEPS_IN_A_ROW = 2
 MOST_BEHIND = 2  # steps; a peer that is further behind was not in this one's rounds, and takes over the newer state

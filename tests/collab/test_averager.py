@@ -16,6 +16,7 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
 from torch.optim.lr_scheduler import LambdaLR
 
+from collab.agreement import SKETCH_SIZE
 from collab.averager import SNAPSHOT_STEPS, Averager, Reducer, StateAverager
 from collab.optimizer import StepGuard
 
@@ -271,3 +272,44 @@ def test_with_steps_in_flight_a_state_may_lie_that_far_behind_but_not_before_the
     donor.__dict__.update(local_epoch=known, steps_in_flight=1, _outer_pipe=SimpleNamespace(send=lambda call: None))
     assert not donor.load_state_from_peers()
     assert seen == [asked] and donor.local_epoch == known
+
+
+# ---- parts of a swarm that meet again
+
+
+class Judge(Averager):
+    """What an averager knows of its rounds, without a process."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        pass
+
+
+OURS, THEIRS = [1.0] * SKETCH_SIZE, [1.1] * SKETCH_SIZE
+
+
+def test_of_two_parts_that_meet_again_one_keeps_its_model_and_all_peers_agree_which() -> None:
+    for who in ("ab", "cd"):
+        averager = Judge()
+        assert averager._strays(7, dict.fromkeys(who, OURS)) == set()
+        assert averager._strays(8, {"a": OURS, "b": OURS, "c": THEIRS, "d": THEIRS}) == {"c", "d"}
+    assert averager._strays(9, {"a": OURS, "b": OURS, "c": THEIRS}) == set(), "it was with all of them before"
+
+
+def test_who_was_alone_for_some_rounds_is_compared_when_it_is_back() -> None:
+    averager = Judge()
+    averager._strays(7, dict.fromkeys("abc", OURS))
+    assert averager._strays(10, {"a": THEIRS, "b": OURS, "c": OURS}) == {"a"}
+
+
+def test_a_round_that_is_tried_again_is_no_meeting() -> None:
+    averager = Judge()
+    averager._strays(7, dict.fromkeys("abc", OURS))
+    assert averager._strays(7, {"a": THEIRS, "b": OURS}) == set()
+
+
+@pytest.mark.parametrize("said", [None, "text", [1.1] * (SKETCH_SIZE - 1), [math.nan] * SKETCH_SIZE, ["1"] * 16, 7])
+def test_who_has_just_taken_over_a_state_or_talks_nonsense_is_no_stray_and_has_no_vote(said: object) -> None:
+    assert Judge()._strays(8, {"a": said, "b": OURS, "c": said, "d": said}) == set()

@@ -16,6 +16,7 @@ from collab.lookout import (
     ALONE_ROUNDS,
     CUT_OFF_PAUSE,
     FIRST_PAUSE,
+    KNOCKS,
     LONGEST_PAUSE,
     MAX_ADDRESSES,
     MAX_SEARCHED,
@@ -157,6 +158,38 @@ def test_losses_in_short_order_are_told_together() -> None:
     look(sightings, *"d", times=MISSED_LOOKS)
     assert sightings.begin_search(100.0 + FIRST_PAUSE) == {"b", "c"}
     assert sightings.wanted[-1] == "a", "those lost last are the most promising"
+
+
+def test_those_who_vanish_together_are_told_together_although_their_records_end_at_different_times() -> None:
+    sightings = watching()
+    look(sightings, *"abcd")
+    look(sightings, *"bcd")
+    look(sightings, "d", times=MISSED_LOOKS - 1)
+    assert sightings.begin_search(100.0) is None, "b and c are about to be missed, too"
+    look(sightings, "d")
+    assert sightings.begin_search(101.0) == {"a", "b", "c"}
+
+
+def test_a_record_that_comes_and_goes_does_not_hide_a_loss() -> None:
+    sightings = watching()
+    look(sightings, "gone", "unsteady")
+    for _ in range(2 * MISSED_LOOKS - 1):
+        look(sightings, "unsteady")
+    look(sightings)
+    assert sightings.begin_search(100.0) == {"gone"}
+
+
+def test_at_each_look_it_knocks_at_a_few_of_the_lost_in_turn() -> None:
+    sightings = watching()
+    assert sightings.knock_at() == []
+    everybody = {f"peer {number}" for number in range(2 * KNOCKS + 1)}
+    look(sightings, *everybody)
+    look(sightings, times=MISSED_LOOKS)
+    sightings.begin_search(100.0)
+    tried = [sightings.knock_at() for _ in range(3)]
+    assert [len(set(few)) for few in tried] == [KNOCKS] * 3 and set().union(*tried) == everybody
+    look(sightings, *everybody - {"peer 1"})
+    assert sightings.knock_at() == ["peer 1"]
 
 
 def test_a_long_run_with_many_that_were_killed_does_not_dial_them_all() -> None:

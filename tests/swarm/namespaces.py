@@ -1,4 +1,4 @@
-"""Two network namespaces with one link between them, for tests of what networks do to a swarm."""
+"""Network namespaces, each behind a link of its own to one switch, for tests of what networks do to a swarm."""
 
 import ctypes
 import os
@@ -14,21 +14,33 @@ import pytest
 from tests.swarm.conftest import Swarm
 from tests.swarm.processes import Program
 
-RATE = "20mbit"
 CLONE_NEWNET = 0x40000000  # sched.h
 
 
 @dataclass(frozen=True)
+class Rate:
+    """What a link carries, in Mbit/s."""
+
+    down: int = 20
+    up: int = 20
+
+
+USUAL = Rate()
+
+
+@dataclass(frozen=True)
 class Namespace:
-    """One end of the link."""
+    """A network of its own, with one link to the others."""
 
     name: str
     device: str
     ip: str
+    switch: str
+    port: str
 
     def plug(self, is_in: bool) -> None:
-        """Put the link's cable in at this end, or pull it out."""
-        run(f"ip -n {self.name} link set {self.device} {'up' if is_in else 'down'}")
+        """Put the link's cable in at the switch, or pull it out."""
+        run(f"ip -n {self.switch} link set {self.port} {'up' if is_in else 'down'}")
 
     def start(self, swarm: Swarm, name: str, *command: str, environment: Mapping[str, str] | None = None) -> Program:
         """Start a program of ours in this namespace; it ends with the swarm."""
@@ -63,25 +75,38 @@ def run(command: str) -> None:
 
 
 @contextmanager
-def linked() -> Iterator[tuple[Namespace, Namespace]]:
-    """Two namespaces that see nothing but each other, through a link of `RATE` in both directions."""
+def linked(*rates: Rate) -> Iterator[tuple[Namespace, ...]]:
+    """Namespaces that see nothing but each other, one for each of the `rates` of their links."""
     if os.geteuid() != 0:
         pytest.skip("NOT TESTED: network namespaces need root")
     if not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("NOT TESTED: network namespaces need the programs ip and tc (package iproute2)")
     mark = f"s{os.getpid()}"
-    ends = Namespace(f"{mark}one", f"{mark}a", "10.77.0.1"), Namespace(f"{mark}two", f"{mark}b", "10.77.0.2")
-    one, two = ends
+    switch = f"{mark}switch"
+    ends = [
+        Namespace(f"{mark}n{number}", f"{mark}d{number}", f"10.77.0.{number}", switch, f"{mark}p{number}")
+        for number in range(1, len(rates) + 1)
+    ]
     try:
-        for end in ends:
+        run(f"ip netns add {switch}")
+        run(f"ip -n {switch} link add {mark}b type bridge")
+        run(f"ip -n {switch} link set {mark}b up")
+        for end, rate in zip(ends, rates, strict=True):
             run(f"ip netns add {end.name}")
-        run(f"ip link add {one.device} netns {one.name} type veth peer name {two.device} netns {two.name}")
-        for end in ends:
+            run(f"ip link add {end.device} netns {end.name} type veth peer name {end.port} netns {switch}")
+            run(f"ip -n {switch} link set {end.port} master {mark}b")
             run(f"ip -n {end.name} addr add {end.ip}/24 dev {end.device}")
             run(f"ip -n {end.name} link set lo up")
+            run(f"ip -n {end.name} link set {end.device} up")
             end.plug(True)
-            run(f"tc -n {end.name} qdisc add dev {end.device} root tbf rate {RATE} burst 64kb latency 100ms")
-        yield ends
+            limit_what_leaves(end.name, end.device, rate.up)
+            limit_what_leaves(switch, end.port, rate.down)
+        yield tuple(ends)
     finally:
-        for end in ends:
-            subprocess.run(["ip", "netns", "del", end.name], capture_output=True, timeout=20)
+        for name in [*(end.name for end in ends), switch]:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
+
+
+def limit_what_leaves(namespace: str, device: str, mbits: int) -> None:
+    """Let a device send so many Mbit/s at most."""
+    run(f"tc -n {namespace} qdisc add dev {device} root tbf rate {mbits}mbit burst 64kb latency 100ms")

@@ -1,7 +1,7 @@
 """Swarms of regression peers (benchmarks/regression_peer.py): `peers.start(...)`, and everything ends with the test."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,21 @@ class Peers:
         steps: int = 4,
         module: str = "benchmarks.regression_peer",
         environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        network: str | None = None,
         **settings: Any,
     ) -> Program:
+        """Start one and wait until it is ready.
+
+        :param options: of its command line.
+        :param network: name of the network namespace that it is in; None: the test's.
+        """
         number = len(self.programs)
         command = ["-m", module, str(self.folder), "--number", str(number), "--role", role]
-        command += ["--steps", str(steps), "--settings", json.dumps(settings)]
+        command += ["--steps", str(steps), "--settings", json.dumps(settings), *options]
         if self.programs:
             command += ["--initial_peers", (self.folder / "address-0").read_text()]
-        program = Program(f"{role}-{number}", command, self.folder / f"peer-{number}.log", environment)
+        program = Program(f"{role}-{number}", command, self.folder / f"peer-{number}.log", environment, network)
         self.programs.append(program)
         wait_until((self.folder / f"ready-{number}").exists, 60, program.output)
         program.remember_family()

@@ -6,7 +6,7 @@ import pytest
 
 from collab.trackers import read_history
 from tests.swarm.conftest import Swarm
-from tests.swarm.namespaces import Namespace, linked, run
+from tests.swarm.namespaces import USUAL, Namespace, linked, run
 from tests.swarm.processes import Program, wait_until
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(150)]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(150)]
 @pytest.fixture
 def network() -> Iterator[tuple[Namespace, Namespace]]:
     """One that accepts connections, and one that accepts none."""
-    with linked() as (open_, closed):
+    with linked(USUAL, USUAL) as (open_, closed):
         # libp2p dials from the port that it listens on, so what comes in is told by its first packet: SYN without ACK.
         # Redirecting it to a link that leads nowhere drops it, without any firewall's program.
         run(f"ip -n {closed.name} link add {closed.device}x type veth peer name {closed.device}y")
