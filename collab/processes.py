@@ -139,6 +139,7 @@ def restart_program() -> NoReturn:
     """Begin anew with the same arguments, in the same process; its children end."""
     sys.stdout.flush()
     sys.stderr.flush()
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # PyTorch's shared memory would stay as long as its socket is open
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
