@@ -33,6 +33,7 @@ swarm: setup
 
 chaos: setup
 	@$(RUN) -m pytest -m chaos
+	@$(RUN) scripts/chaos.py --minutes 20
 
 fuzz: setup
 	@SAMITI_FUZZ=30 $(RUN) -m pytest tests/fuzz
