@@ -73,11 +73,15 @@ def main() -> None:
     show_log()
     guard_children()
 
+    lookout: Lookout | None = None
+
     def start_anew(lost: str) -> None:
         console.line(f"This computer has lost {lost}, without which it cannot train with the others")
         if network.initial_peers:
             console.line("Starting anew ...")
-            restart_program()
+            known = lookout.addresses() if lookout and not network.use_ipfs else []
+            others = [address for address in known if not address.startswith("/p2p/")]  # that says not where
+            restart_program("--initial_peers", *dict.fromkeys([*network.initial_peers, *others]))
         os.kill(os.getpid(), signal.SIGTERM)  # it began the run, and would begin another one
 
     # ---- join: find the swarm, learn what it trains

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.util import Finalize
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -135,12 +136,13 @@ def _name_process(name: bytes) -> None:
         ctypes.CDLL(None).prctl(pr_set_name, name, 0, 0, 0)
 
 
-def restart_program() -> NoReturn:
-    """Begin anew with the same arguments, in the same process; its children end."""
+def restart_program(*more: str) -> NoReturn:
+    """Begin anew with the same arguments and `more`, in the same process; its children end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # PyTorch's shared memory would stay as long as its socket is open
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    # PyTorch's shared memory would stay as long as its socket is open
+    os.closerange(3, 1 + max(int(path.name) for path in Path("/dev/fd").iterdir()))
+    os.execv(sys.executable, [sys.executable, *sys.argv, *more])
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
