@@ -39,6 +39,7 @@ chaos: setup
 	@mkdir -p runs && rm -f runs/prices.jsonl
 	@CHAOS=full PRICES=runs/prices.jsonl $(RUN) -m pytest -m chaos
 	@$(RUN) -m tests.chaos.prices runs/prices.jsonl
+	@$(RUN) scripts/chaos.py --minutes 20
 
 fuzz: setup
 	@SAMITI_FUZZ=30 $(RUN) -m pytest tests/fuzz

@@ -60,6 +60,7 @@ from collab.recorder import Presence, Recorder
 from collab.selftest import self_test
 from collab.trackers import HISTORY, make_trackers, read_history
 from collab.view import STATUS, STATUS_PROTOCOL, RunView, as_json, live_line, look, step_line, sum_up
+from collab.vital import VitalProcesses
 from collab.watch import weights_agree
 from tasks import TaskWithExperts, expert_plan, find_task
 
@@ -270,6 +271,9 @@ def accompany(
         compare=weights_agree(settings),
     )  # fmt: skip
     presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
+    broken: list[str] = []
+    vital = VitalProcesses(peer, lost=broken.append)
+    vital.add(optimizer.averagers)
 
     def see(finished: bool = False) -> RunView:
         return look(
@@ -326,7 +330,7 @@ def accompany(
     try:
         while not (stop or keeper.complete.is_set() or is_lost):
             stop.wait(POLL_SECONDS)
-            is_lost = welcome.health.silent_seconds > LOST_SECONDS
+            is_lost = bool(broken) or welcome.health.silent_seconds > LOST_SECONDS
             if (wanted := changes.manifest.settings_at(monitor.step)) != settings:
                 with assistant.paused(timeout=settings["averaging_timeout"]) as free:
                     if free:
@@ -341,6 +345,7 @@ def accompany(
         if publishing is not None and not publishing.close(timeout=60):
             console.line("The last checkpoint is not on the Hub yet; it is kept here")
     finally:
+        vital.stop()
         for duty in duties:
             duty.stop()
         with contextlib.suppress(OSError, UserError):  # the disk may be full; the swarm shall hear the goodbye

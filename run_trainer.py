@@ -6,6 +6,8 @@ ADDRESS is the line that the run's auxiliary peer prints. Without it, a new run 
 """
 
 import contextlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ from collab.memory import memory_in_use, peak_on_device
 from collab.metrics import MAX_LOSS, PeerRecord, run_validators, wait_until_saved
 from collab.optimizer import make_optimizer, weight_decay_groups
 from collab.place import Place
-from collab.processes import StopSignal, guard_children, run_program
+from collab.processes import StopSignal, guard_children, restart_program, run_program
 from collab.reachability import start_peer
 from collab.reports import Reports
 from collab.selftest import self_test
 from collab.speed import Speed, count_flops, peak_flops
 from collab.step import TrainingStep, checkpoint_layers, possible_ways
 from collab.tuning import TRIAL_SAMPLES, MicroBatch, size_of, split, tune_micro_batch, unless_out_of_memory
+from collab.vital import VitalProcesses
 from collab.watch import ModelWatch, weights_agree
 from tasks import Batches, TaskWithExperts, expert_plan, find_task
 from tasks.loader import Loader
@@ -70,11 +73,22 @@ def main() -> None:
     show_log()
     guard_children()
 
+    lookout: Lookout | None = None
+
+    def start_anew(lost: str) -> None:
+        console.line(f"This computer has lost {lost}, without which it cannot train with the others")
+        if network.initial_peers:
+            console.line("Starting anew ...")
+            known = lookout.addresses() if lookout and not network.use_ipfs else []
+            others = [address for address in known if not address.startswith("/p2p/")]  # that says not where
+            restart_program("--initial_peers", *dict.fromkeys([*network.initial_peers, *others]))
+        os.kill(os.getpid(), signal.SIGTERM)  # it began the run, and would begin another one
+
     # ---- join: find the swarm, learn what it trains
     stages.done("import")
     peer = start_peer(**network.peer_options())
     stages.done("network")
-    with contextlib.closing(peer):
+    with contextlib.closing(peer), VitalProcesses(peer, lost=start_anew) as vital:
         if network.initial_peers:
             manifest = fetch_manifest(peer, cache_dir, network.organizer)
             refuse_contradictions(given, manifest.latest)
@@ -129,6 +143,7 @@ def main() -> None:
             has_state=resumed is not None or task.first_weights != "elsewhere",
             snapshot_folder=cache_dir / "snapshots",
         )
+        vital.add(optimizer.averagers)
         stop.listen()
         optimizer.pause = stop.wait
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])
@@ -305,6 +320,7 @@ def main() -> None:
             altogether = f" The organizer has counted {counted:,} from {name} in this run." if counted else ""
             console.line(f"{name} gave {samples_total:,} samples to the common model.{altogether} Thank you!")
         finally:
+            vital.stop()
             if experts:
                 experts.stop()
             changes.stop()

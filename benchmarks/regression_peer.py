@@ -203,6 +203,8 @@ def main() -> None:
                     continue  # it is averaged in the background
                 assert report.step == step + 1 or settings["delay_grad_averaging"]
                 reports.append(asdict(report))
+                with (folder / f"reports-{number}.jsonl").open("a") as told:  # also of who is killed
+                    told.write(json.dumps(reports[-1]) + "\n")
                 sketches[report.step] = sketch(model.parameters())
                 if not report.applied:
                     by_step.pop(report.step - 1, None)  # the step was made without these samples

@@ -677,10 +677,12 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._announce_link()
 
     def _announce_link(self) -> None:
-        for averager in self._averagers():
+        for averager in self.averagers:
             averager.bandwidth = self.link.mbits  # goes to the others with the next round's request
 
-    def _averagers(self) -> list[Any]:
+    @property
+    def averagers(self) -> list[Any]:
+        """Of parameters and, without local updates, of gradients; each is a process of its own."""
         return [each for each in (self.state_averager, self.grad_averager) if each is not None]
 
     def _look_who_is_there(self) -> None:
@@ -837,7 +839,7 @@ class SwarmOptimizer(hivemind.Optimizer):
           anew cannot change; `arguments.CHANGEABLE` lists the others.
         """
         self.target_batch_size = self.tracker.target_batch_size = settings["target_batch_size"]
-        for averager in self._averagers():
+        for averager in self.averagers:
             averager.max_weight = settings["target_batch_size"]
         self.average_state_every = _average_state_every(settings)
         self.quorum, self.failed_round = settings["quorum"], settings["failed_round"]
@@ -880,7 +882,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             for scheduled_round in (self.scheduled_grads, self.scheduled_state, self._state_round):
                 if scheduled_round is not None and not scheduled_round.done():
                     scheduled_round.cancel()
-            for averager in self._averagers():
+            for averager in self.averagers:
                 averager.shutdown_timeout = 1.0
                 averager.shutdown()
             if self.snapshots is not None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import socket
 import tempfile
@@ -30,11 +31,13 @@ from hivemind.utils.networking import choose_ip_address
 
 from collab.errors import UserError
 from collab.files import replacing
+from collab.processes import scratch_folder
 
 logger = logging.getLogger(__name__)
 
 ANY_PORT = ("/ip4/0.0.0.0/tcp/0",)
 HEADER_BYTES = 8  # P2P.send_raw_data writes the length first, as so many big-endian bytes
+MAX_SOCKET_FOLDER = 75  # bytes: a socket's path has 103 on macOS, its name in there 27
 DAEMON_SECONDS = 10.0  # p2pd answers in milliseconds
 MAX_PAYLOAD_BYTES = 256 * 2**20  # what one peer may hand to another in one go; a tokenizer is well under 10 MiB
 
@@ -87,8 +90,10 @@ class Peer:
         self.on_loopback_only = on_loopback_only(host_maddrs)
         self.proven_address: str | None = None
         """Where another peer has really reached this one, if one has tried (`collab.reachability`)."""
-        self._session_folder = tempfile.TemporaryDirectory(prefix="samiti-") if identity_path is None else None
-        path = Path(self._session_folder.name if self._session_folder else "", identity_path or "identity.key")
+        _keep_sockets_in(scratch_folder())
+        folder = tempfile.TemporaryDirectory(prefix="samiti-", dir=scratch_folder()) if identity_path is None else None
+        self._session_folder = folder
+        path = Path(folder.name if folder else "", identity_path or "identity.key")
         is_new = not path.exists()
         self.private_key = _load_or_make_identity(path)
         self._identity_path, self._startup_timeout = path, startup_timeout
@@ -203,7 +208,7 @@ class Peer:
         :raises OSError: the peer cannot be reached, serves nothing under that name, takes longer than `timeout`, or
           says too much.
         """
-        with tempfile.TemporaryDirectory(prefix="samiti-") as folder:
+        with tempfile.TemporaryDirectory(prefix="samiti-", dir=scratch_folder()) as folder:
             target = Path(folder, "fetched")
             work = partial(
                 _fetch,
@@ -386,6 +391,12 @@ def _with_port(address: str) -> str:
         except OSError:  # libp2p will say what is wrong with it
             return address
         return f"/ip4/{found[1]}/tcp/{probe.getsockname()[1]}"
+
+
+def _keep_sockets_in(folder: str | None) -> None:
+    """Upstream makes the sockets of its daemons in /tmp and leaves most of them there (p2p/p2p_daemon.py, `P2P`)."""
+    if folder is not None and len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER:
+        P2P._UNIX_SOCKET_PREFIX = f"/unix{folder}/"
 
 
 def _load_or_make_identity(path: Path) -> RSAPrivateKey:

@@ -1,18 +1,25 @@
 """Starting and ending a peer's processes: signals, children, and the last line that a person reads."""
 
 import atexit
+import contextlib
 import ctypes
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.util import Finalize
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from collab.errors import UserError
 
 NOTICE_SECONDS = 0.05
+_scratch_folder: str | None = None
 
 
 class StopSignal:
@@ -49,23 +56,34 @@ class StopSignal:
         return self._asked
 
 
+def scratch_folder() -> str | None:
+    """Where to put what is needed only as long as this process lives: it goes when the process ends, SIGKILL included.
+
+    None, tempfile's word for its own choice, before `guard_children`.
+    """
+    return _scratch_folder
+
+
 def guard_children() -> None:
-    """From now on, no child of this process outlives it, however it ends (SIGKILL included).
+    """From now on, no child of this process outlives it, nor its `scratch_folder`, however it ends (SIGKILL included).
 
     hivemind forks a DHT and several averagers, and the DHT starts `p2pd`; if their parent is killed they stay, keep
     the port and the peer id, and look alive to the swarm. Here every forked child, and so whatever it starts, joins the
     process group of a small watcher. The watcher holds the reading end of a pipe whose writing end only this process
-    has: when that closes, it kills the group. As a second effect Ctrl-C in a terminal reaches only this process, which
-    then says goodbye through children that still live.
+    has: when that closes, it kills the group and removes the folder. As a second effect Ctrl-C in a terminal reaches
+    only this process, which then says goodbye through children that still live.
 
     Call it once, before any child is started.
     """
+    global _scratch_folder
+    folder = _scratch_folder = tempfile.mkdtemp(prefix="samiti-")
     reading_end, writing_end = os.pipe()
     watcher = os.fork()
     if watcher == 0:
-        _watch(reading_end, writing_end)
+        _watch(reading_end, writing_end, folder)
     os.close(reading_end)
     os.setpgid(watcher, watcher)
+    multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]  # of its sockets
 
     owner = os.getpid()
 
@@ -79,23 +97,35 @@ def guard_children() -> None:
 
     def at_exit() -> None:
         if os.getpid() == owner:
+            os.write(writing_end, b"!")
             os.close(writing_end)
             os.waitpid(watcher, 0)
 
+    # after multiprocessing has closed its sockets
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-100)
     os.register_at_fork(after_in_child=in_child)
     atexit.register(at_exit)
 
 
-def _watch(reading_end: int, writing_end: int) -> NoReturn:
-    """The watcher's whole life: wait until the parent is gone, then end its other children and itself."""
+def _watch(reading_end: int, writing_end: int, folder: str) -> NoReturn:
+    """The watcher's whole life: wait until the parent is gone, then end its other children and itself.
+
+    Who ends a group ends with it; so if the parent cannot clear up any more, a child outside of the group does both.
+    """
     try:
         os.setpgid(0, 0)
         os.close(writing_end)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         _name_process(b"samiti-watcher")
-        os.read(reading_end, 1)
-        os.killpg(0, signal.SIGKILL)
+        group, clears_up_itself = os.getpgrp(), os.read(reading_end, 1)
+        if not clears_up_itself:
+            with contextlib.suppress(OSError):  # no more processes: ending some matters most
+                if os.fork():
+                    signal.pause()
+                os.setpgid(0, 0)
+        os.killpg(group, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         os._exit(0)
 
@@ -106,11 +136,13 @@ def _name_process(name: bytes) -> None:
         ctypes.CDLL(None).prctl(pr_set_name, name, 0, 0, 0)
 
 
-def restart_program() -> NoReturn:
-    """Begin anew with the same arguments, in the same process; its children end."""
+def restart_program(*more: str) -> NoReturn:
+    """Begin anew with the same arguments and `more`, in the same process; its children end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    # PyTorch's shared memory would stay as long as its socket is open
+    os.closerange(3, 1 + max(int(path.name) for path in Path("/dev/fd").iterdir()))
+    os.execv(sys.executable, [sys.executable, *sys.argv, *more])
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:

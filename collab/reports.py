@@ -16,6 +16,7 @@ from collab.errors import UserError
 from collab.files import write_text
 from collab.metrics import PeerRecord, publish_record
 from collab.peer import Peer
+from collab.processes import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Reports(Background):
         super().__init__("Reporting", lifetime / SAID_PER_LIFETIME)
         self._peer, self._run_id, self._lifetime = peer, run_id, max(LEAST_LIFETIME, lifetime)
         self._newest: PeerRecord | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="samiti-")
+        self._folder = tempfile.TemporaryDirectory(prefix="samiti-", dir=scratch_folder())
         self._file = Path(self._folder.name, "records.jsonl")
         self._file.touch()
         self._kept: deque[str] = deque(maxlen=KEPT_STEPS)

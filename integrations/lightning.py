@@ -34,7 +34,7 @@ from collab.lookout import Lookout
 from collab.manifest import versions_here
 from collab.optimizer import RoundReport, SwarmOptimizer, make_optimizer
 from collab.peer import Peer, peer_id_in
-from collab.processes import guard_children
+from collab.processes import guard_children, scratch_folder
 from collab.reachability import start_peer
 from collab.schedules import ReplayedSchedule
 from collab.selftest import self_test
@@ -175,7 +175,7 @@ class SwarmStrategy(SingleDeviceStrategy):
         self._going.callback(self.peer.close)
         self_test([self.settings["grad_compression"], self.settings["state_compression"]], self.peer)
         refuse_other_scripts(self.peer, script)
-        folder = self._going.enter_context(tempfile.TemporaryDirectory(prefix="samiti-"))
+        folder = self._going.enter_context(tempfile.TemporaryDirectory(prefix="samiti-", dir=scratch_folder()))
         write_text(Path(folder, "script.json"), json.dumps(script))
         self.peer.serve(PROTOCOL, Path(folder, "script.json"))
         serve_bandwidth(self.peer)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,33 +48,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_folder: Path = options.run_folder or Path("runs", config.get("run_id", "run"))
     remove_old_run(run_folder)
     logs = run_folder / "logs"
-    logs.mkdir(parents=True)
 
-    with contextlib.ExitStack() as stack:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-
-        def start(program: str, *arguments: str, log: Path | None) -> subprocess.Popen[bytes]:
-            output = stack.enter_context(log.open("wb")) if log else None
-            command = [sys.executable, program, *arguments, *options.rest]
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            stack.callback(end, process)
-            return process
-
-        auxiliary = start("run_aux_peer.py", "--config", str(options.config), "--run_folder", str(run_folder), log=None)
-        address = wait_for_address(auxiliary, run_folder / "join.txt")
+    with LocalSwarm(options.config, run_folder, options.rest) as swarm:
+        auxiliary = swarm.start_auxiliary()
+        address = swarm.address(auxiliary)
         for number in range(1, options.trainers + 1):
             name = f"trainer-{number}"
-            own = ["--initial_peers", address, "--host_maddrs", LOOPBACK, "--public_name", name]
-            own += ["--threads", str(max(1, (os.cpu_count() or 1) // options.trainers))]
+            own = ["--threads", str(max(1, (os.cpu_count() or 1) // options.trainers))]
             if options.keep_weights:
                 own += ["--save_dir", str(run_folder / "peers" / name)]
-            start("run_trainer.py", *own, log=logs / f"{name}.log")
+            swarm.start_trainer(name, address, *own)
         try:
             status = auxiliary.wait()
-        except KeyboardInterrupt:  # every peer got it too; they say goodbye while the stack is unwound
+        except KeyboardInterrupt:  # every peer got it too; they say goodbye while the swarm is left
             status = 0
     if status:
         raise UserError(f"The auxiliary peer ended with status {status}. The trainers' logs are in {logs}.")
+
+
+class LocalSwarm(contextlib.ExitStack):
+    """Peers of one run on this machine; those that are left when the block ends are ended, the last one first.
+
+    :param run_folder: the auxiliary peer's; the others' output goes to `logs` in it.
+    :param options: for every peer.
+    :param environment: added to this process's.
+    """
+
+    def __init__(
+        self, config: Path, run_folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.run_folder, self.logs = config, run_folder, run_folder / "logs"
+        self._options = options
+        self._environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
+
+    def start(self, program: str, *arguments: str, log: str | None) -> subprocess.Popen[bytes]:
+        """Start one of this repository's programs; its output goes to the file `log` in `logs`, or is shown."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        output = self.enter_context((self.logs / log).open("ab")) if log else None
+        command = [sys.executable, program, *arguments, *self._options]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=self._environment)
+        self.callback(end, process)
+        return process
+
+    def start_auxiliary(self, *arguments: str, log: str | None = None) -> subprocess.Popen[bytes]:
+        (self.run_folder / "join.txt").unlink(missing_ok=True)
+        own = ["--config", str(self.config), "--run_folder", str(self.run_folder), *arguments]
+        return self.start("run_aux_peer.py", *own, log=log)
+
+    def start_trainer(self, name: str, address: str, *arguments: str) -> subprocess.Popen[bytes]:
+        own = ["--initial_peers", address, "--host_maddrs", LOOPBACK, "--public_name", name, *arguments]
+        return self.start("run_trainer.py", *own, log=f"{name}.log")
+
+    def address(self, auxiliary: subprocess.Popen[bytes]) -> str:
+        return wait_for_address(auxiliary, self.run_folder / "join.txt")
 
 
 def remove_old_run(run_folder: Path) -> None:

@@ -154,6 +154,34 @@ def test_a_child_that_ends_takes_nobody_with_it(start):
     assert len(still_there(members, seconds=0.2)) == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None])
+def test_what_a_peer_keeps_for_its_life_goes_with_it(start, tmp_path: Path, monkeypatch, number: int | None):
+    """Its files, and the socket over which its processes hand each other tensors."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    parent = start(
+        """
+        import multiprocessing, multiprocessing.connection, sys, tempfile
+        from collab.processes import guard_children, scratch_folder
+
+        guard_children()
+        kept = tempfile.TemporaryDirectory(dir=scratch_folder())
+        listener = multiprocessing.connection.Listener(family="AF_UNIX")
+        print("ready", flush=True)
+        sys.stdin.readline()
+        """
+    )
+    [folder] = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 2
+    if number is None:
+        assert parent.communicate("go on\n", timeout=10)[1] == ""
+        assert list(tmp_path.iterdir()) == []  # also if somebody looks at once
+    else:
+        parent.send_signal(number)
+        parent.wait(timeout=5)
+    assert still_there(session(parent.pid)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 SAYING_GOODBYE = """
     import multiprocessing
     from collab.processes import StopSignal, guard_children

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.swarm.conftest import Swarm
 from tests.swarm.peers import Peers
 from tests.swarm.processes import assert_no_survivors, wait_until
 
@@ -61,17 +60,6 @@ def test_the_survivor_of_a_killed_peer_goes_on_alone_and_says_so(peers: Peers) -
     assert not reports[-1]["applied"] and reports[-1]["met"] == 1
     for tensor in peers.weights(0).values():
         assert tensor.isfinite().all()
-
-
-def test_nothing_of_a_trainer_is_left_after_kill_9(swarm: Swarm) -> None:
-    _, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000))
-    swarm.cold = True
-    trainer = swarm.start_trainer("trainer", address)
-    trainer.wait_for_output("step 1/1000")
-    trainer.interrupt(signal.SIGKILL)
-    assert trainer.wait() == -signal.SIGKILL
-    assert len(trainer.family) >= 4
-    assert_no_survivors(trainer)
 
 
 def test_a_peer_that_was_late_once_is_not_late_for_ever_with_delayed_updates(peers: Peers) -> None:
