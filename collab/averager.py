@@ -74,6 +74,8 @@ class RoundTally:
     """What each trainer in the group says of its loss, see `spikes.step_to_go_back_to`; the same on all of them."""
     strays: tuple[str, ...] = ()
     """Peer ids of those with another model than most of the group, if this peer was apart from some of it before."""
+    sound: tuple[str, ...] = ()
+    """Then: of those who have the model of most."""
 
 
 class Reducer(TensorPartReducer):
@@ -455,13 +457,15 @@ class Averager(_MeetsTheSwarm, GradientAverager):
             if mode != AveragingMode.AUX.value
         }
         number, *_ = told[self.peer_id]
-        astray = self._strays(number, {peer: sketch for peer, (*_, sketch) in of_trainers.items()})
+        sketches = {peer: sketch for peer, (*_, sketch) in of_trainers.items()}
+        astray = self._strays(number, sketches)
+        sound = {peer for peer, sketch in sketches.items() if astray and _is_sketch(sketch)} - astray
         if str(self.peer_id) in astray:
             kwargs["weight"] = 0.0
         await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
         assert self._tally is not None
         wishes = tuple(wish for (_round, _seconds, wish, _sketch) in of_trainers.values())
-        return replace(self._tally, wishes=wishes, strays=tuple(astray))
+        return replace(self._tally, wishes=wishes, strays=tuple(astray), sound=tuple(sound))
 
     def _strays(self, number: int, told: dict[str, object]) -> set[str]:
         """Whose model is another one than most of the group's.
@@ -515,6 +519,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
     _taking: asyncio.Lock | None = None  # both exist in the averager's own process
     doubtful: frozenset[str] = frozenset()
     """Peer ids whose state is not to be taken over."""
+    trusted: frozenset[str] = frozenset()
+    """If there are any: the only peers whose state is to be taken over."""
     held_step: int | None = None
     """For auxiliary peers: the global step of the state that they hold, which the swarm may have left behind. Trainers
     offer their current state."""
@@ -543,7 +549,7 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
         known = self.local_epoch
         self.local_epoch = max(0, known - self.steps_in_flight)
         # A call that the averager's process makes.
-        self._outer_pipe.send(("_pass_over", [self.doubtful, self.not_before, self.last_step], {}))
+        self._outer_pipe.send(("_pass_over", [self.doubtful, self.trusted, self.not_before, self.last_step], {}))
         try:
             super().load_state_from_peers(**kwargs)
         except Exception as error:  # noqa: BLE001 - too slow, or no state of this model; it must not end the training
@@ -553,8 +559,10 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
             self.local_epoch = known
         return self._loaded
 
-    async def _pass_over(self, donors: frozenset[str], not_before: int, last_step: float) -> None:
-        self.doubtful, self.not_before, self.last_step = donors, not_before, last_step
+    async def _pass_over(
+        self, doubtful: frozenset[str], trusted: frozenset[str], not_before: int, last_step: float
+    ) -> None:
+        self.doubtful, self.trusted, self.not_before, self.last_step = doubtful, trusted, not_before, last_step
 
     @property
     def donor(self) -> str:
@@ -697,7 +705,8 @@ class StateAverager(_MeetsTheSwarm, TrainingStateAverager):
             for peer, entry in entries.items()
             if isinstance(entry.value, int | float) and str(PeerID(peer)) not in {str(self.peer_id), *self.doubtful}
         }
-        return sorted(priorities, key=lambda peer: priorities[peer], reverse=True)
+        donors = [peer for peer in priorities if not self.trusted or str(peer) in self.trusted]
+        return sorted(donors, key=lambda peer: priorities[peer], reverse=True)
 
     async def _download(self, donor: PeerID, chunk_timeout: float) -> tuple[Any, list[torch.Tensor]] | None:
         stub = self.get_stub(self._p2p, donor, namespace=self.prefix)

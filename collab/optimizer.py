@@ -662,7 +662,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         # More than the quorum, or both halves of a split swarm would go on, each with a model of its own.
         enough = len(tally.peers) > self.quorum * self._expected or len(tally.peers) >= self._expected
         if str(self.dht.peer_id) in tally.strays:
-            self.state_averager.doubtful = frozenset(tally.strays)
+            self.state_averager.trusted = frozenset(tally.sound)  # others of its part may have been elsewhere
             return tally, Astray("peers that were apart from this one are back, and most have another model")
         if enough or self.auxiliary:
             return tally, None
@@ -783,6 +783,7 @@ class SwarmOptimizer(hivemind.Optimizer):
             if self.grad_averager is not None:
                 self.grad_averager.reset_accumulated_grads_()
             self.note_model(None)
+            self.state_averager.trusted = frozenset()
             self.has_state |= bool(loaded)
             if self.auxiliary and loaded:
                 self.state_averager.allow_state_sharing = False  # until it is checked: `hold_state`

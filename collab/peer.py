@@ -533,7 +533,8 @@ async def _dial(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], ti
 
 
 async def _knock(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], timeout: float) -> None:
-    if await _dial(_dht, node, peer_id, addresses, timeout):
+    is_neighbour = node.protocol.routing_table.get(peer_id=PeerID.from_base58(peer_id)) is not None
+    if await _dial(_dht, node, peer_id, addresses, timeout) and not is_neighbour:
         await _get_acquainted(_dht, node, timeout)
 
 

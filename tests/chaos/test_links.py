@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 CUT_SECONDS = 30.0
 METADATA_EXPIRATION = 10.0
-WITHIN_STEPS = 2
+WITHIN_STEPS, LOADED_STEPS = 2, 1  # on a loaded machine there can be a step in which only some are in sight
 LOOKING = 15.0  # seconds that a loaded machine may take to see and to say something
 
 Records = dict[int, dict[str, Any]]
@@ -89,7 +89,8 @@ def test_two_halves_of_a_swarm_say_that_their_link_is_cut_and_are_one_two_steps_
         steps_of_a_half=min(len({step["step"] for step in half}) for half in lost),
         samples=min(sum(step["samples"] for step in half) for half in lost),
     )  # fmt: skip
-    assert one <= apart + 1 + WITHIN_STEPS, output()  # the one that is being made when the link is back is made apart
+    # The one that is being made when the link is back is made apart.
+    assert one <= apart + 1 + WITHIN_STEPS + LOADED_STEPS, output()
     assert set(range(one, one + 3)) <= set(made_together(found.values(), healed)), "they stay one"
 
 
