@@ -405,7 +405,7 @@ def one_model(folder: Path, trainers: Sequence[Program]) -> Finding:
 def same_loss(disturbed: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, Any]]) -> Finding:
     samples = min(sum(step["samples"] for step in run) for run in (disturbed, undisturbed))
     one, other = (mean_loss(run, (1 - LOSS_SHARE) * samples, samples) for run in (disturbed, undisturbed))
-    seen = f"{one:.3f} and {other:.3f} undisturbed, both over the last {LOSS_SHARE:.0%} of {samples:,} samples"
+    seen = f"{one:.3f} and {other:.3f} undisturbed, both over the last {LOSS_SHARE:.0%} of {samples:,.0f} samples"
     return Finding(f"loss within {SAME_LOSS:.0%} of an undisturbed run", one <= (1 + SAME_LOSS) * other, seen)
 
 
@@ -529,18 +529,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         findings = disturb(options, config, temporary)
+        tell(findings)
         if not options.skip_reference:
             disturbed = read_history(options.run_folder / HISTORY)
             findings.append(same_loss(disturbed, undisturbed(options, config, temporary, disturbed)))
+            tell(findings[-1:])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say("")
+    if failed := [finding.what for finding in findings if finding.holds is False]:
+        raise UserError(f"Did not hold: {'; '.join(failed)}. What programs said is in {options.run_folder}/logs.")
+
+
+def tell(findings: Sequence[Finding]) -> None:
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         verdict = {True: "holds", False: "FAILS", None: "-"}[finding.holds]
         say(f"  {verdict:<6} {finding.what:<{width}}  {finding.seen}")
-    if failed := [finding.what for finding in findings if finding.holds is False]:
-        raise UserError(f"Did not hold: {'; '.join(failed)}. What programs said is in {options.run_folder}/logs.")
 
 
 def disturb(options: argparse.Namespace, config: Path, temporary: Path) -> list[Finding]:
@@ -618,7 +622,7 @@ def undisturbed(
     cache = ["--cache_dir", str(options.cache_dir)]
     environment = {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     with LocalSwarm(config, folder, cache, environment) as swarm:
-        say(f"The same without faults, for {wanted:,} samples ...")
+        say(f"The same without faults, for {wanted:,.0f} samples ...")
         calm = Chaos(swarm, options)
         began, told = time.monotonic(), 0.0
 
