@@ -55,7 +55,9 @@ GROWTH, SLACK_BYTES, SLACK_FILES = 1.10, 8 * 2**20, 16  # Go's collector alone m
 SAME_LOSS = 0.03
 LOSS_SHARE = 0.2  # of all samples, the last ones, whose loss is compared
 MOST_TRAINERS = 5
-CACHES = ("torchinductor_",)  # in the temporary folder, meant to outlive processes
+# In the temporary folder: a cache that is meant to stay, and the folder, with a socket in it, that PyTorch's helper
+# leaves if its program ends while the helper starts.
+EXEMPT = ("torchinductor_", "torch-shm-dir-")
 BUSY = "import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
 
 
@@ -98,7 +100,8 @@ class Program:
     @property
     def step(self) -> int:
         """The last global step of which it has told; 0 before the first one."""
-        told = re.findall(r"^step +(\d+)/", self.log.read_text(errors="replace"), re.MULTILINE)
+        since_start = self.log.read_text(errors="replace").rpartition("Starting anew")[2]
+        told = re.findall(r"^step +(\d+)/", since_start, re.MULTILINE)
         return int(told[-1]) if told else 0
 
     def child(self, kind: str) -> psutil.Process | None:
@@ -276,10 +279,11 @@ class Chaos:
         victim = self._victim(spared=1)
         victim.members()
         victim.thaw()
+        has_joined = victim.step > 0  # before that, SIGTERM ends it at once, as it does any program
         victim.process.terminate()
         try:
             status = victim.process.wait(LEAVE_SECONDS)
-            if status:
+            if status and has_joined:
                 self.wrong.append(f"{victim.name} was asked to leave and ended with status {status}")
         except subprocess.TimeoutExpired:
             self.wrong.append(f"{victim.name} was asked to leave and did not within {LEAVE_SECONDS:.0f} s")
@@ -463,7 +467,7 @@ def no_file(temporary: Path, folder: Path, programs: Sequence[Program]) -> Findi
     pids = {str(pid) for program in programs for pid in program.family}
 
     def found() -> list[Path]:
-        files = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
+        files = [path for path in temporary.iterdir() if not path.name.startswith(EXEMPT)]
         files += [path for path in Path("/dev/shm").glob("torch_*") if path.name.split("_")[1] in pids]
         return files + [path for kind in ("partial", "old") for path in folder.rglob(f".*.{kind}")]
 
