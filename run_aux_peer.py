@@ -39,7 +39,7 @@ from collab.device import half_of_the_threads
 from collab.errors import UserError
 from collab.events import Events, Lookback
 from collab.experts.directory import ExpertDirectory
-from collab.files import write_bytes, write_text
+from collab.files import remove_partial_files, write_bytes, write_text
 from collab.fill_mask import FillMask
 from collab.keeper import Keeper, Saved
 from collab.lease import LIFETIME, Lease
@@ -137,6 +137,7 @@ def accompany(
         task.use_experts(experts)
     archive = Archive(run_folder / "checkpoints", manifest.swarm_id)
     archive.mend()
+    remove_partial_files(run_folder)
     resumed = archive.open_newest(task.model)
     newest = Saved(resumed.trainer_state["global_step"], resumed.folder) if resumed else None
     if resumed is None and not network.initial_peers:

@@ -72,6 +72,17 @@ def replacing_folder(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in a folder that only one writes to.
+
+    Call it before anything is written.
+    """
+    for leftover in folder.glob(".*.partial"):
+        if leftover.is_file():
+            with suppress(OSError):
+                leftover.unlink()
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and find out whether it can be written to."""
     try:

@@ -55,7 +55,9 @@ GROWTH, SLACK_BYTES, SLACK_FILES = 1.10, 8 * 2**20, 16  # Go's collector alone m
 SAME_LOSS = 0.03
 LOSS_SHARE = 0.2  # of all samples, the last ones, whose loss is compared
 MOST_TRAINERS = 5
-CACHES = ("torchinductor_",)  # in the temporary folder, meant to outlive processes
+# In the temporary folder: a cache that is meant to stay, and the folder, with a socket in it, that PyTorch's helper
+# leaves if its program ends while the helper starts.
+EXEMPT = ("torchinductor_", "torch-shm-dir-")
 BUSY = "import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
 
 
@@ -98,7 +100,8 @@ class Program:
     @property
     def step(self) -> int:
         """The last global step of which it has told; 0 before the first one."""
-        told = re.findall(r"^step +(\d+)/", self.log.read_text(errors="replace"), re.MULTILINE)
+        since_start = self.log.read_text(errors="replace").rpartition("Starting anew")[2]
+        told = re.findall(r"^step +(\d+)/", since_start, re.MULTILINE)
         return int(told[-1]) if told else 0
 
     def child(self, kind: str) -> psutil.Process | None:
@@ -276,10 +279,11 @@ class Chaos:
         victim = self._victim(spared=1)
         victim.members()
         victim.thaw()
+        has_joined = victim.step > 0  # before that, SIGTERM ends it at once, as it does any program
         victim.process.terminate()
         try:
             status = victim.process.wait(LEAVE_SECONDS)
-            if status:
+            if status and has_joined:
                 self.wrong.append(f"{victim.name} was asked to leave and ended with status {status}")
         except subprocess.TimeoutExpired:
             self.wrong.append(f"{victim.name} was asked to leave and did not within {LEAVE_SECONDS:.0f} s")
@@ -405,7 +409,7 @@ def one_model(folder: Path, trainers: Sequence[Program]) -> Finding:
 def same_loss(disturbed: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, Any]]) -> Finding:
     samples = min(sum(step["samples"] for step in run) for run in (disturbed, undisturbed))
     one, other = (mean_loss(run, (1 - LOSS_SHARE) * samples, samples) for run in (disturbed, undisturbed))
-    seen = f"{one:.3f} and {other:.3f} undisturbed, both over the last {LOSS_SHARE:.0%} of {samples:,} samples"
+    seen = f"{one:.3f} and {other:.3f} undisturbed, both over the last {LOSS_SHARE:.0%} of {samples:,.0f} samples"
     return Finding(f"loss within {SAME_LOSS:.0%} of an undisturbed run", one <= (1 + SAME_LOSS) * other, seen)
 
 
@@ -463,7 +467,7 @@ def no_file(temporary: Path, folder: Path, programs: Sequence[Program]) -> Findi
     pids = {str(pid) for program in programs for pid in program.family}
 
     def found() -> list[Path]:
-        files = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
+        files = [path for path in temporary.iterdir() if not path.name.startswith(EXEMPT)]
         files += [path for path in Path("/dev/shm").glob("torch_*") if path.name.split("_")[1] in pids]
         return files + [path for kind in ("partial", "old") for path in folder.rglob(f".*.{kind}")]
 
@@ -529,18 +533,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         findings = disturb(options, config, temporary)
+        tell(findings)
         if not options.skip_reference:
             disturbed = read_history(options.run_folder / HISTORY)
             findings.append(same_loss(disturbed, undisturbed(options, config, temporary, disturbed)))
+            tell(findings[-1:])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say("")
+    if failed := [finding.what for finding in findings if finding.holds is False]:
+        raise UserError(f"Did not hold: {'; '.join(failed)}. What programs said is in {options.run_folder}/logs.")
+
+
+def tell(findings: Sequence[Finding]) -> None:
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         verdict = {True: "holds", False: "FAILS", None: "-"}[finding.holds]
         say(f"  {verdict:<6} {finding.what:<{width}}  {finding.seen}")
-    if failed := [finding.what for finding in findings if finding.holds is False]:
-        raise UserError(f"Did not hold: {'; '.join(failed)}. What programs said is in {options.run_folder}/logs.")
 
 
 def disturb(options: argparse.Namespace, config: Path, temporary: Path) -> list[Finding]:
@@ -618,7 +626,7 @@ def undisturbed(
     cache = ["--cache_dir", str(options.cache_dir)]
     environment = {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     with LocalSwarm(config, folder, cache, environment) as swarm:
-        say(f"The same without faults, for {wanted:,} samples ...")
+        say(f"The same without faults, for {wanted:,.0f} samples ...")
         calm = Chaos(swarm, options)
         began, told = time.monotonic(), 0.0
 

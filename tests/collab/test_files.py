@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from collab.errors import UserError
-from collab.files import replacing_folder, write_bytes, write_text
+from collab.files import remove_partial_files, replacing_folder, write_bytes, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -64,3 +64,13 @@ def test_a_place_that_is_no_folder_is_told_to_the_person(tmp_path):
         write_text(tmp_path / "file" / "below", "x")
     with pytest.raises(UserError, match="Cannot write"), replacing_folder(tmp_path / "file" / "below"):
         pass
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = tmp_path / ".status.json.123.partial"
+    for path in (left, tmp_path / "status.json", tmp_path / ".hidden"):
+        path.touch()
+    (tmp_path / ".step-1.x.partial").mkdir()
+    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path / "not there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".step-1.x.partial", "status.json"]
