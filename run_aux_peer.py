@@ -101,9 +101,9 @@ def main() -> None:
             find_task(manifest.settings["task"]).refuse_other_files(given, manifest.unpack(cache_dir))
         else:
             manifest = Manifest.found(settings, files, peer.private_key)
-        run_id = manifest.settings["run_id"]
+        run_id, lifetime = manifest.settings["run_id"], manifest.settings["metadata_expiration"]
         run_folder = Path(mine.run_folder or f"runs/{run_id}")
-        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id, lifetime))
         if not network.initial_peers:
             manifest = reopened(manifest, run_folder, changing=mine.change_at_step is not None)
         if mine.change_at_step is not None:

@@ -70,7 +70,7 @@ def main() -> None:
         settings, run_folder = manifest.settings, manifest.unpack(Path(network.cache_dir))
         manifest.serve(peer, run_folder)
         run_id, lifetime = settings["run_id"], settings["metadata_expiration"]
-        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id, lifetime))
         plan = expert_plan(settings, run_folder, manifest.swarm_id)
         if plan is None:
             raise UserError(

@@ -112,7 +112,7 @@ def main() -> None:
             start_calling()
         ways = possible_ways(mine.precision, devices[0], settings["precisions"])
         serve_bandwidth(peer)
-        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id))
+        peer.dht.add_validators(run_validators(run_id, manifest.swarm_id, settings["metadata_expiration"]))
         self_test([settings["grad_compression"], settings["state_compression"]], peer)
         name = mine.public_name or peer.peer_id[-6:]
         console.line(f"{name} joins the run {run_id} on {', '.join(map(str, devices))}")
@@ -212,6 +212,7 @@ def main() -> None:
             loss_sum, weights, samples, samples_total, skipped, memory = 0.0, 0, 0, 0, 0, 0
             random = random_state()
             while not stop and step < settings["max_global_steps"]:
+                lookout.refuse_wrong_clock()
                 if (wanted := changes.manifest.settings_at(step)) != settings:
                     console.line(f"Settings from global step {step} on: {in_words(settings, wanted)}")
                     settings = task.settings = wanted

@@ -103,7 +103,7 @@ def measure_layer(report: Report, folder: Path, address: str, tokens: Sequence[i
     with closing(Peer(initial_peers=[address], host_maddrs=LOOPBACK[1:2], nat_port_map=False)) as peer:
         manifest = fetch_manifest(peer, folder / "cache-of-benchmark")
         settings, files = manifest.settings, manifest.unpack(folder / "cache-of-benchmark")
-        peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id))
+        peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id, 30.0))
         plan = expert_plan(settings, files, manifest.swarm_id)
         assert plan is not None
         directory = ExpertDirectory(peer, plan, settings["run_id"], settings["metadata_expiration"])

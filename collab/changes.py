@@ -68,8 +68,8 @@ class ChangeWatch(Background):
             logger.warning("Peer %s hands out a manifest that contradicts this run's; it does not count", peer[-6:])
             self._liars.add(peer)
             return
+        self.manifest = manifest  # it counts, also where the disk is full
         write_bytes(self._folder / KEPT, manifest.signed)
-        self.manifest = manifest
 
 
 def versions_in(answer: ValueWithExpiration | None) -> dict[str, int]:
@@ -83,6 +83,8 @@ def reopened(new: Manifest, run_folder: Path, changing: bool) -> Manifest:
     :raises UserError: there is none that the new one could change.
     """
     kept = read_kept(run_folder)
+    if kept is None and (run_folder / KEPT).exists():  # damaged; checkpoints have it, too
+        kept = next(filter(None, map(read_kept, sorted(run_folder.glob("checkpoints/step-*"), reverse=True))), None)
     same = kept is not None and (kept.organizer, kept.files, kept.versions) == (new.organizer, new.files, new.versions)
     if kept is not None and same and (changing or kept.latest == new.settings):
         return kept

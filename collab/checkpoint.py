@@ -1,14 +1,15 @@
 """Checkpoints on disk: the Hub's own layout, written whole or not at all, read without trusting the file."""
 
 import base64
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ OPTIMIZER_TENSORS, OPTIMIZER_STRUCTURE = "optimizer.safetensors", "optimizer.jso
 TRAINER_STATE = "trainer_state.json"
 OF_RUN = (TRAINER_STATE, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS)
 """What a checkpoint of a run has beside a model's own files."""
+SUMMED = (CONFIG, WEIGHTS, OPTIMIZER_STRUCTURE, OPTIMIZER_TENSORS)
+"""Files whose SHA-256 the trainer's state has: a bit that a disk loses leaves numbers that can still be read."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = 1  # raise it when an older Samiti could misread what a newer one writes
 
@@ -75,11 +78,19 @@ def save_checkpoint(
         save_pretrained(scratch)
         save_file(tensors, scratch / OPTIMIZER_TENSORS)
         (scratch / OPTIMIZER_STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
-        state = {**trainer_state, "format": FORMAT}
+        state = {**trainer_state, "format": FORMAT, "sha256": _sums(scratch)}
         (scratch / TRAINER_STATE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
         (scratch / CARD).write_text(model_card, encoding="utf-8")
         for name, content in (more_files or {}).items():
             (scratch / name).write_bytes(content)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for name in SUMMED:
+        with contextlib.suppress(FileNotFoundError), (folder / name).open("rb") as file:
+            sums[name] = file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def annotate_checkpoint(folder: Path, measured: Mapping[str, float], model_card: str) -> None:
@@ -155,6 +166,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"The checkpoint {folder} has format {written_as!r}, this version of Samiti reads format {FORMAT}. "
                 f"Update with `git pull`, or give another checkpoint."
             )
+        wanted = trainer_state.pop("sha256", None)  # older checkpoints have none
+        if wanted is not None and (found := _sums(folder)) != wanted:
+            differing = sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+            raise ValueError(f"what was written to {', '.join(differing)} is not what is there")
         structure = json.loads((folder / OPTIMIZER_STRUCTURE).read_text(encoding="utf-8"))
         optimizer_state = _join(structure, load_file(folder / OPTIMIZER_TENSORS))
         if not isinstance(optimizer_state, dict):
@@ -303,7 +318,7 @@ def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise ValueError(f"unknown kind {kind!r}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turn everything that a missing, damaged or foreign file can cause into one UserError."""
     try:
@@ -322,7 +337,7 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _full_disk_as_os_error() -> Iterator[None]:
     """Libraries written in Rust (safetensors, tokenizers) report a failed write as an exception of their own, whose
     text alone carries the system's error number: give it back its type, so that the person reads the right advice."""

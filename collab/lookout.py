@@ -7,8 +7,11 @@ import time
 from collections.abc import Collection
 
 from hivemind.utils import MPFuture, ValueWithExpiration
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from collab.background import Background
+from collab.clock import check_clock
+from collab.errors import UserError
 from collab.optimizer import RoundReport
 from collab.peer import Peer, peer_id_in, signed_entries
 
@@ -147,6 +150,7 @@ class Lookout(Background):
         self._announced: dict[str, list[str]] = {}
         self._sightings = Sightings(self._given.keys(), time.monotonic())
         self._reason = ""
+        self._clock_at_start, self._wrong_clock = _clock(), ""
         self.start()
 
     def after_round(self, report: RoundReport) -> None:
@@ -165,6 +169,11 @@ class Lookout(Background):
         or all of them are off."""
         return self._sightings.cut_off
 
+    def refuse_wrong_clock(self) -> None:
+        """:raises UserError: this computer's clock was right when this peer joined, and is not any more."""
+        if self._wrong_clock:
+            raise UserError(self._wrong_clock)
+
     def stop(self, timeout: float = 1.0) -> None:
         """Say goodbye: nobody looks for this peer from now on. Takes twice `timeout` seconds at most."""
         super().stop(timeout)
@@ -173,6 +182,8 @@ class Lookout(Background):
 
     def _take_a_turn(self) -> None:
         sightings = self._sightings
+        if abs(_clock() - self._clock_at_start) > MAX_DHT_TIME_DISCREPANCY_SECONDS:  # or the computer has slept
+            self._ask_the_time()
         self._publish([] if self.peer.client_mode else self.peer.addresses())
         back = self._look()
         if back:
@@ -203,6 +214,14 @@ class Lookout(Background):
     def _addresses_of(self, peer: str) -> list[str]:
         return [*self._given.get(peer, []), *self._announced.get(peer, [])]
 
+    def _ask_the_time(self) -> None:
+        self._wrong_clock = ""
+        try:
+            check_clock(self.peer.dht, sorted(self._sightings.known)[:MAX_SEARCHED])
+        except UserError as error:
+            self._wrong_clock = str(error)
+            raise
+
     def _publish(self, addresses: list[str] | None) -> MPFuture:
         return self.peer.publish(self._key, addresses, self.lifetime)
 
@@ -215,6 +234,11 @@ class Lookout(Background):
         known = self._sightings.known
         self._announced = {peer: addresses for peer, addresses in (self._announced | living).items() if peer in known}
         return back
+
+
+def _clock() -> float:
+    """Changes when somebody sets the clock."""
+    return time.time() - time.monotonic()
 
 
 def addresses_in(answer: ValueWithExpiration | None) -> dict[str, list[str] | None]:

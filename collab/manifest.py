@@ -193,8 +193,9 @@ class Manifest:
                     (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                     (scratch / name).write_bytes(content)
                 (scratch / KEPT).write_bytes(self.signed)
-        elif read_kept(folder) != self:
-            write_bytes(folder / KEPT, self.signed)
+        for name, content in (self.files | {KEPT: self.signed}).items():  # damaged, a tokenizer may still be one
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                write_bytes(folder / name, content)
         return folder
 
     def serve(self, peer: Peer, folder: Path) -> None:

@@ -25,6 +25,7 @@ TOLD_WAIT = 0.05
 MAX_SAMPLES = 10**15
 MAX_RECORD_BYTES = 8192  # signature and all; a real one has 1,400
 KEPT_FOR_EACH_PEER = ("progress", "addresses", "manifest", "publishing", "state_averager.all_averagers")
+LEAST_LIFETIME = 60.0  # seconds in the DHT: who looks seldom sees the last step of a peer that has left, too
 CLOCKS_APART = 10.0  # seconds; hivemind refuses peers that are 3 apart
 
 MAX_HOSTED = 64  # experts of one server: its record has to fit
@@ -185,17 +186,23 @@ class OneForEachPeer(RecordValidatorBase):
     """Guards keys under which each peer has a record of its own, before anything parses it.
 
     Refused are records longer than any honest one, and a value in the place of all records: with a late expiration it
-    would take them all away, and let nobody put one there again (hivemind's dht/storage.py).
+    would take them all away, and let nobody put one there again (hivemind's dht/storage.py). So is whoever speaks for
+    longer than anybody may: a trainer whose clock was an hour ahead had its word an hour after it had died, and what
+    all others gave was lost while they waited for the step that it had made alone.
+
+    :param most: bytes.
+    :param longest: seconds for which a record may count.
     """
 
-    def __init__(self, keys: list[str], most: int) -> None:
-        self._most = {DHTID.generate(source=key).to_bytes(): most for key in keys}
+    def __init__(self, keys: list[str], most: int, longest: float) -> None:
+        self._limits = {DHTID.generate(source=key).to_bytes(): (most, longest) for key in keys}
 
     def validate(self, record: DHTRecord) -> bool:
-        most = self._most.get(record.key)
-        if most is None:
+        if record.key not in self._limits:
             return True
-        return record.subkey not in DHTProtocol.RESERVED_SUBKEYS and len(record.value) + len(record.subkey) <= most
+        most, longest = self._limits[record.key]
+        is_one = record.subkey not in DHTProtocol.RESERVED_SUBKEYS and len(record.value) + len(record.subkey) <= most
+        return is_one and record.expiration_time <= get_dht_time() + longest + CLOCKS_APART
 
     @property
     def priority(self) -> int:
@@ -204,16 +211,22 @@ class OneForEachPeer(RecordValidatorBase):
     def merge_with(self, other: RecordValidatorBase) -> bool:
         if not isinstance(other, OneForEachPeer):
             return False
-        self._most |= other._most
+        self._limits |= other._limits
         return True
 
 
-def run_validators(run_id: str, swarm_id: str) -> list[RecordValidatorBase]:
+def run_validators(run_id: str, swarm_id: str, lifetime: float) -> list[RecordValidatorBase]:
     """Validators that every peer of a run adds to its DHT: records that break the schema, that are longer than
-    `MAX_RECORD_BYTES`, or that stand in the place of all peers' are not stored anywhere."""
+    `MAX_RECORD_BYTES`, that count for too long, or that stand in the place of all peers' are not stored anywhere.
+
+    :param lifetime: seconds for which a peer's word counts: the run's `metadata_expiration`.
+    """
     keys = [_key(run_id), _auxiliaries_key(run_id), _servers_key(run_id)]
     keys += [f"{swarm_id}_{what}" for what in KEPT_FOR_EACH_PEER]
-    return [SchemaValidator(_MetricsSchema, prefix=run_id), OneForEachPeer(keys, MAX_RECORD_BYTES)]
+    return [
+        SchemaValidator(_MetricsSchema, prefix=run_id),
+        OneForEachPeer(keys, MAX_RECORD_BYTES, max(lifetime, LEAST_LIFETIME)),
+    ]
 
 
 def is_live(record: PeerRecord | AuxRecord | ServerRecord, lifetime: float, now: float | None = None) -> bool:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import shutil
@@ -145,8 +146,28 @@ def restart_program(*more: str) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *sys.argv, *more])
 
 
+OUT_OF_FILES = (
+    "This program can open no more files ('Too many open files'), so that it cannot talk to its peers, and ends here; "
+    "they go on without it. To raise the limit, run `ulimit -n 4096` in the shell that starts it, as root if need be, "
+    "then start again."
+)
+
+
+def _is_out_of_files(error: BaseException | None) -> bool:
+    """Whether this, or what was being handled when it came, is for want of a file descriptor; torch has only words."""
+    while error is not None:
+        numbers = (errno.EMFILE, errno.ENFILE)
+        if getattr(error, "errno", None) in numbers or os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run a program's `main()` and end it: a UserError as one clear message and status 1, a forced Ctrl-C as 130."""
+    """Run a program's `main()` and end it: a UserError as one clear message and status 1, a forced Ctrl-C as 130.
+
+    Without a free file descriptor nothing ends in the usual way; its watcher takes the children along all the same.
+    """
     status = 0
     try:
         main()
@@ -155,6 +176,12 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         status = 1
     except KeyboardInterrupt:
         status = 130
+    except Exception as error:
+        if not _is_out_of_files(error):
+            raise
+        print(f"\nerror: {OUT_OF_FILES}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)

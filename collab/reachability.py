@@ -26,6 +26,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from collab.errors import UserError
 from collab.peer import ANY_PORT, DAEMON_SECONDS, HEADER_BYTES, Peer, on_loopback_only, own_ips, peer_id_in
+from collab.selftest import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +78,15 @@ def start_peer(
     :param must_accept: this peer is of no use as a client (an auxiliary peer); it is told what is wrong, and goes on.
     :param even_on_loopback: find out also if it listens on 127.0.0.1 only, where all peers are on one computer.
     :param options: of `Peer`.
-    :raises UserError: as `Peer`, or a client is asked for where connections must be accepted.
+    :raises UserError: as `Peer`, a client is asked for where connections must be accepted, or hardly a file can be
+      opened.
     """
     if must_accept and client_mode:
         raise UserError(
             "client_mode is true, but an auxiliary peer must accept connections: others join and average through it. "
             "Leave --client_mode out, or run this program on a computer with an open port."
         )
+    raise_file_limit()  # before there are children, which inherit it
     in_network = even_on_loopback or not on_loopback_only(options.get("host_maddrs", ANY_PORT))
     asks = client_mode is None and bool(options.get("initial_peers")) and in_network
     # It asks as a client: a full peer is passed on in the DHT at once, and others would lose seconds in dialing it.
@@ -115,7 +118,8 @@ def start_or_return(remembered: Path, **options: Any) -> Peer:
     :param remembered: a file of their addresses; it need not exist.
     """
     if not options.get("initial_peers") and remembered.exists():
-        again = {"initial_peers": remembered.read_text().split(), "startup_timeout": REMEMBERED_SECONDS}
+        addresses = remembered.read_text(encoding="utf-8", errors="replace").split()  # if damaged, none of a peer
+        again = {"initial_peers": addresses, "startup_timeout": REMEMBERED_SECONDS}
         with contextlib.suppress(UserError):
             return start_peer(**options | again)
     return start_peer(**options)

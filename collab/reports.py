@@ -14,7 +14,7 @@ from pydantic.v1 import ValidationError
 from collab.background import Background
 from collab.errors import UserError
 from collab.files import write_text
-from collab.metrics import PeerRecord, publish_record
+from collab.metrics import LEAST_LIFETIME, PeerRecord, publish_record
 from collab.peer import Peer
 from collab.processes import scratch_folder
 
@@ -25,7 +25,6 @@ KEPT_STEPS = 2000
 MAX_KEPT_BYTES = 16 * 2**20  # of 2 * KEPT_STEPS records
 MAX_LINE_BYTES = 4096
 SAID_PER_LIFETIME = 3
-LEAST_LIFETIME = 60.0  # seconds in the DHT: who looks seldom sees the last step of a peer that has left, too
 ASK_SECONDS = 5.0  # without a byte
 SLOWEST_SECONDS = 60.0  # 4,000 records are 5 MB: 40 s at 1 Mbit/s
 ASKED_AT_ONCE = 8

@@ -1,4 +1,4 @@
-"""What a peer checks about its own machine before it trains: the run's codecs, its clock, the limit on open files."""
+"""What a peer checks about its own machine before it trains: the limit on open files, the run's codecs, its clock."""
 
 import logging
 import resource
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_FILES = 4096
 """Each connection, pipe and data file takes one; usual limits are 1,024 on Linux and 256 on macOS."""
+LEAST_OPEN_FILES = 64
+"""A process of a trainer that meets two others takes up to 50."""
 
 ERROR_BOUNDS = {"none": 0.0, "float16": 0.001, "scaled_float16": 0.001, "int8": 0.015}
 """The largest relative error that a healthy codec makes on normally distributed values, with room to spare."""
@@ -25,12 +27,11 @@ SIZES = (5_000, 100_000)
 
 
 def self_test(codecs: Sequence[str], peer: Peer) -> None:
-    """Everything here; a few milliseconds, and a round trip to the peers that `peer` joined through.
+    """A few milliseconds, and a round trip to the peers that `peer` joined through.
 
     :param codecs: names of those that the run uses.
     :raises UserError: what is wrong, and how to mend it.
     """
-    raise_file_limit()
     check_codecs(codecs)
     check_clock(peer.dht, [peer_id_in(address) for address in peer.initial_peers])
 
@@ -70,8 +71,13 @@ def _broken(name: str, what: str) -> UserError:
 
 
 def raise_file_limit(wanted: int = OPEN_FILES) -> None:
-    """Let this process and its children open `wanted` files, or as many as the system admits; then it warns."""
+    """Let this process and its later children open `wanted` files, or as many as the system admits; then it warns.
+
+    :raises UserError: with so few it would break somewhere in the middle.
+    """
     possible = possible_files(wanted)
+    if possible < LEAST_OPEN_FILES:
+        raise UserError(too_few_files(possible, wanted))
     if possible < wanted:
         logger.warning("%s", too_few_files(possible, wanted))
 
@@ -88,9 +94,10 @@ def possible_files(wanted: int = OPEN_FILES) -> int:
 
 
 def too_few_files(possible: int, wanted: int = OPEN_FILES) -> str:
-    """The message for a person whose system admits fewer open files than a large swarm needs."""
+    """The message for a person whose system admits fewer open files than a large swarm, or any peer, needs."""
+    cost = "in a large swarm it may lose connections" if possible >= LEAST_OPEN_FILES else "it cannot take part"
     return (
-        f"This peer can open {possible} files, fewer than {wanted}: in a large swarm it may lose connections ('Too "
-        f"many open files'). To raise the limit, run `ulimit -n {wanted}` as root in the shell that starts it, or add "
-        f"the line `* hard nofile {wanted}` to /etc/security/limits.conf and log in again."
+        f"This peer can open {possible} files, fewer than {wanted}: {cost} ('Too many open "
+        f"files'). To raise the limit, run `ulimit -n {wanted}` as root in the shell that starts it, or add the line "
+        f"`* hard nofile {wanted}` to /etc/security/limits.conf and log in again."
     )

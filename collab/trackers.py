@@ -9,7 +9,9 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -141,13 +143,14 @@ class TrackioTracker:
 
     Steps are written in the calling thread under ids of their own, so that a failure is known at once and a step that
     is sent twice is there once (`Run.log` keeps them in memory for half a second and drops those that it cannot write).
-    Trackio fixes its folder when it is imported: one run folder for a process.
+    A damaged file is made again. Trackio fixes its folder when it is imported: one run folder for a process.
     """
 
     def __init__(self, run_folder: Path, project: str, run_name: str, config: dict[str, Any]) -> None:
         self._folder, self._project, self._name = (run_folder / "trackio").resolve(), project, run_name
         self._config = config
         self._storage = _import_trackio(run_folder).sqlite_storage.SQLiteStorage
+        _set_aside_if_damaged(Path(self._storage.get_project_db_path(project)))
         newest = self._storage.get_max_step_for_run(project, run_name, run_id=run_name)
         self.last_step = -1 if newest is None else int(newest)
 
@@ -173,6 +176,22 @@ class TrackioTracker:
         return f"TRACKIO_DIR={shlex.quote(str(folder))} trackio show --project {shlex.quote(self._project)}"
 
 
+def _set_aside_if_damaged(database: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.OperationalError:  # full, read-only or in use: Trackio will say so
+        return
+    except sqlite3.DatabaseError:
+        sound = False
+    if not sound:
+        aside = database.with_suffix(".damaged")
+        logger.warning("%s is damaged. It is kept as %s, and made again from %s.", database, aside.name, HISTORY)
+        database.replace(aside)
+        for suffix in ("-wal", "-shm"):
+            database.with_name(database.name + suffix).unlink(missing_ok=True)
+
+
 class TrackioSpace:
     """Trackio's page for everybody: a Space on the Hub, or a Trackio server, through Trackio's client.
 
@@ -187,7 +206,9 @@ class TrackioSpace:
         self._address, self._project, self._name, self._config = space.partition("?")[0], project, run_name, config
         self._serialize = trackio.utils.serialize_values
         self._sent = run_folder / f"trackio-sent-{sha256(self._address.encode()).hexdigest()[:8]}.txt"
-        self.last_step = int(self._sent.read_text(encoding="utf-8")) if self._sent.exists() else -1
+        self.last_step = -1
+        with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: it gets all of them again
+            self.last_step = int(self._sent.read_text(encoding="utf-8"))
         self._token: str | None = None
         if "://" not in space:
             if self.last_step < 0:  # `init` makes the Space, and the bucket that keeps its numbers
@@ -252,9 +273,10 @@ class WandbTracker:
         import wandb
 
         id_file = run_folder / "wandb-run-id.txt"
-        if not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex[:12])
-        run_id = id_file.read_text(encoding="utf-8").strip()
+        run_id = id_file.read_text(encoding="utf-8", errors="replace").strip() if id_file.exists() else ""
+        if not re.fullmatch(r"[\w-]+", run_id, re.ASCII):  # or damaged
+            run_id = uuid.uuid4().hex[:12]
+            write_text(id_file, run_id)
         files = run_folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
         kept = max((step for file in files for step, _ in wandb_history(file)), default=-1)
         self._run = wandb.init(

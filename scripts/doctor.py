@@ -213,7 +213,9 @@ class Visit:
         manifest.refuse_other_versions()
         find_task(settings["task"]).refuse_other_files(given, manifest.unpack(self.cache_dir))
         self.manifest = manifest
-        self.peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id))
+        self.peer.dht.add_validators(
+            run_validators(settings["run_id"], manifest.swarm_id, settings["metadata_expiration"])
+        )
         records = read_records(self.peer, settings["run_id"])
         step = max((record.step for record in records), default=0)
         progress = f"step {step:,} of {settings['max_global_steps']:,}, {len(records)} trainers report"

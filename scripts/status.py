@@ -72,7 +72,9 @@ def main() -> None:
     stop = StopSignal()
     with contextlib.closing(start_peer(**network.peer_options() | {"client_mode": True})) as peer:
         manifest = fetch_manifest(peer, Path(network.cache_dir), network.organizer)
-        peer.dht.add_validators(run_validators(manifest.settings["run_id"], manifest.swarm_id))
+        settings = manifest.settings
+        lifetime = settings["metadata_expiration"]
+        peer.dht.add_validators(run_validators(settings["run_id"], manifest.swarm_id, lifetime))
         swarm = Swarm(peer, manifest)
         stop.listen()
         terminal = sys.stdout.isatty()

@@ -89,7 +89,7 @@ def test_without_an_auxiliary_peer_the_records_tell(
     manifest = Manifest.found(settings, {}, organizer.private_key)
     client = start_peer(initial_peers=organizer.addresses(), client_mode=True)
     for peer in (organizer, client):
-        peer.dht.add_validators(run_validators("bengali", "bengali_1"))
+        peer.dht.add_validators(run_validators("bengali", "bengali_1", 30.0))
     now = get_dht_time()
     publish_record(organizer, "bengali", record(organizer.peer_id, 7, name="asha", time=now, reported=now), lifetime=60)
     swarm = Swarm(client, manifest)

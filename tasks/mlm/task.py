@@ -294,7 +294,7 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path, source: StartM
         wanted = ("sources", "cleaning", "vocab_size", "tokenizer_megabytes", "normalizer", "lowercase", "seed")
         recipe = json.dumps({key: settings[key] for key in wanted}, sort_keys=True)
         folder = cache_dir / "tokenizers" / sha256(recipe.encode()).hexdigest()[:16]
-        if not folder.exists():
+        if not _opens(folder):
             logger.info("Training a tokenizer of %d entries from the run's text", settings["vocab_size"])
             texts = documents(
                 _sources(settings),
@@ -322,6 +322,18 @@ def _open_tokenizer(settings: Mapping[str, Any], cache_dir: Path, source: StartM
             f"The tokenizer {name!r} cannot be opened: {str(error).splitlines()[0]} Set `tokenizer` to a folder or a "
             f"name on the Hub, or leave it out to train one."
         ) from error
+
+
+def _opens(folder: Path) -> bool:
+    """Whether there is a tokenizer that can be used; one that was kept may be damaged."""
+    if not folder.exists():
+        return False
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - what comes from Rust has no type of its own
+        logger.warning("The tokenizer in %s is damaged (%s): it is made again", folder, " ".join(str(error).split()))
+        return False
+    return True
 
 
 def _identify_tokenizer(folder: Path) -> str:

@@ -161,7 +161,7 @@ def test_dropout_may_change_between_two_halves_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "pickle", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "pickle", "empty", "a bit"])
 def test_damaged_files_are_told_to_the_person(tmp_path, name, damage):
     model = tiny_albert()
     file = save(tmp_path / "c", model, trained(model).state_dict()) / name
@@ -171,7 +171,9 @@ def test_damaged_files_are_told_to_the_person(tmp_path, name, damage):
     elif damage == "pickle":
         torch.save({"state": Bomb()}, file)
     else:
-        file.write_bytes({"truncated": data[: len(data) // 2], "garbage": b"\x93" * 1000, "empty": b""}[damage])
+        half = len(data) // 2
+        flipped = data[:half] + bytes([data[half] ^ 0x80]) + data[half + 1 :]
+        file.write_bytes({"truncated": data[:half], "garbage": b"\x93" * 1000, "empty": b"", "a bit": flipped}[damage])
     with pytest.raises(UserError) as told:
         load_checkpoint(tmp_path / "c")
         load_weights_into(model, tmp_path / "c")

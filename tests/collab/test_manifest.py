@@ -277,6 +277,15 @@ def test_a_newer_version_takes_the_place_of_the_kept_one(tmp_path):
     assert read_kept(folder) is None and newer.unpack(tmp_path) == folder and read_kept(folder) == newer
 
 
+@pytest.mark.parametrize("damaged", [b"half", None])
+def test_a_damaged_file_is_unpacked_again(tmp_path, damaged):
+    folder = manifest().unpack(tmp_path)
+    for name in FILES:
+        (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+    assert manifest().unpack(tmp_path) == folder
+    assert {name: content for name, content in all_files(folder).items() if name in FILES} == FILES
+
+
 def test_another_manifest_of_the_same_name_has_a_folder_of_its_own(tmp_path):
     first = manifest().unpack(tmp_path)
     second = manifest(files={"config.json": b"[]"}).unpack(tmp_path)

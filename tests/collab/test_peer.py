@@ -58,7 +58,7 @@ def pair(start_peer):
     first = start_peer()
     second = start_peer(initial_peers=first.addresses())
     for peer in (first, second):
-        peer.dht.add_validators(run_validators("ours", "ours_1"))
+        peer.dht.add_validators(run_validators("ours", "ours_1", 30.0))
     return first, second
 
 
@@ -602,9 +602,26 @@ def test_a_long_text_is_stored_nowhere_and_parsed_by_nobody(pair, start_peer, ch
     publish_record(second, "ours", record(second), lifetime=60)
     for reader in pair:
         assert wait_for(lambda: set(stored(reader)) == {second.signature_key})  # noqa: B023
-    assert not OneForEachPeer(["ours_metrics"], 100).validate(
+    assert not OneForEachPeer(["ours_metrics"], 100, 60.0).validate(
         DHTRecord(DHTID.generate(source="ours_metrics").to_bytes(), b"", b"\xc1" * 101, 0.0)
     ), "more than is needed would be parsed"
+
+
+def test_nobody_speaks_for_longer_than_a_word_counts(pair, start_peer):
+    """As one does whose clock is an hour ahead: others would go by its last word long after it has gone."""
+    first, second = pair
+    untimely = start_peer(initial_peers=first.addresses())
+    assert not untimely.dht.run_coroutine(
+        partial(_store_until, key="ours_1_progress", subkey=untimely.signature_key, seconds=3600)
+    )
+    second.publish("ours_1_progress", "honest", 60).result(15)
+    for reader in pair:
+        answer = reader.dht.get("ours_1_progress", latest=True)
+        assert set(answer.value) == {second.signature_key}
+
+
+async def _store_until(_dht, node, key, subkey, seconds):
+    return await node.store(key, "untimely", get_dht_time() + seconds, subkey=subkey, exclude_self=True)
 
 
 @pytest.mark.parametrize("value", [None, {b"a": 1}], ids=str)

@@ -280,6 +280,25 @@ def test_ctrl_c_before_anything_was_set_up_is_no_error(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kind", ["OSError(24, 'Too many open files')", "RuntimeError('Too many open files (24)')"])
+def test_without_a_free_file_descriptor_it_ends_with_a_message_and_waits_for_nobody(kind):
+    program = f"""
+        import threading, time
+        from collab.processes import run_program
+        def main():
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            try:
+                raise {kind}
+            finally:
+                raise ValueError("in the tidying up")
+        run_program(main)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: This program can open no more files" in done.stderr and "ulimit -n" in done.stderr
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     def main():
         raise ZeroDivisionError

@@ -1,6 +1,7 @@
 """Whether others can connect: real peers dial each other back, and what follows from the answer."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -15,7 +16,14 @@ from hivemind.p2p import PeerID
 from collab import reachability
 from collab.errors import UserError
 from collab.peer import Peer
-from collab.reachability import PROBLEMS, PROTOCOL, Reachability, check_reachability, serve_dial_back
+from collab.reachability import (
+    PROBLEMS,
+    PROTOCOL,
+    Reachability,
+    check_reachability,
+    serve_dial_back,
+    start_or_return,
+)
 from tests.collab.conftest import LOOPBACK, daemons, ended
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(90)]
@@ -197,3 +205,10 @@ def test_who_says_what_it_is_does_not_ask(join, answerer, closed_port, client_mo
     monkeypatch.setattr(reachability, "check_reachability", lambda *_, **__: pytest.fail("it asked"))
     options = dict(initial_peers=answerer.addresses(), announce_maddrs=at(closed_port))
     assert join(client_mode=client_mode, **options).client_mode is client_mode
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe/ip4", b"/ip4/127.0.0.1/tcp/33", b"\0" * 100])
+def test_who_this_peer_remembers_may_be_damaged(tmp_path, content):
+    (tmp_path / "peers.txt").write_bytes(content)
+    with contextlib.closing(start_or_return(tmp_path / "peers.txt", host_maddrs=[LOOPBACK])) as peer:
+        assert peer.initial_peers == []

@@ -33,7 +33,7 @@ def swarm_of_two(start_peer) -> tuple[Peer, Peer]:
     first = start_peer()
     second = start_peer(initial_peers=first.addresses())
     for peer in (first, second):
-        peer.dht.add_validators(run_validators("ours", "ours_1"))
+        peer.dht.add_validators(run_validators("ours", "ours_1", 30.0))
     return first, second
 
 
@@ -116,7 +116,7 @@ def test_a_liar_in_the_dht_neither_ends_the_run_nor_changes_what_is_written(star
     watcher, first = swarm_of_two(start_peer)
     second, liar = (start_peer(initial_peers=watcher.addresses()) for _ in range(2))
     for peer in (second, liar):
-        peer.dht.add_validators(run_validators("ours", "ours_1"))
+        peer.dht.add_validators(run_validators("ours", "ours_1", 30.0))
     reports = [Reports(peer, "ours", lifetime=60.0) for peer in (first, second, liar)]
     reports[2].add(of(liar, 1000, loss=1e4, samples=10**15, samples_total=10**15))
     trackers = make_trackers([], tmp_path, "p", "r", {})

@@ -115,6 +115,12 @@ def test_the_limit_rises_as_far_as_is_wanted_and_the_machine_admits():
     assert "1024 files" in warning and "ulimit -n 4096" in warning and "* hard nofile 4096" in warning
 
 
+def test_too_few_files_are_refused(monkeypatch):
+    monkeypatch.setattr("collab.selftest.possible_files", lambda wanted: 40)
+    with pytest.raises(UserError, match=r"can open 40 files.*cannot take part.*ulimit -n 4096"):
+        raise_file_limit(4096)
+
+
 def test_enough_is_enough(caplog):
     with caplog.at_level(logging.WARNING):
         raise_file_limit(16)

@@ -253,6 +253,19 @@ def test_trackio_needs_no_network_keeps_to_the_run_folder_and_resumes(tmp_path):
     assert not (tmp_path / "home" / ".cache" / "huggingface" / "trackio").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_a_damaged_database_of_trackio_is_made_again_from_the_history(tmp_path, damage):
+    folder = tmp_path / "run"
+    python(RUN.format(name="trackio", folder=str(folder), steps=[1, 2]))
+    [database] = (folder / "trackio").glob("*.db")
+    whole = database.read_bytes()
+    database.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"x" * len(whole))
+    done = python(RUN.format(name="trackio", folder=str(folder), steps=[2, 3]))
+    assert "is damaged. It is kept as" in done.stderr and "failed" not in done.stderr
+    assert trackio_steps(folder / "trackio") == [1, 2, 3]
+    assert database.with_suffix(".damaged").exists()
+
+
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_after_a_kill_the_tracker_has_each_step_once(tmp_path, name):
     """W&B's offline file loses up to 32 KiB with the process."""

@@ -1,9 +1,7 @@
-"""An auxiliary peer's checkpoints: checked, measured, written when there is room, and what everybody goes on from."""
+"""An auxiliary peer's checkpoints: checked, measured, and what everybody goes on from."""
 
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from safetensors.torch import load_file
 from collab.manifest import read_kept
 from tests.hub_server import HubServer
 from tests.swarm.conftest import Swarm
-from tests.swarm.processes import wait_until
 
 pytestmark = pytest.mark.swarm
 
@@ -43,55 +40,6 @@ def test_a_state_that_most_peers_do_not_have_is_not_saved(swarm: Swarm) -> None:
     kept = read_kept(checkpoint)
     assert kept is not None and kept.swarm_id == state["swarm_id"]
     assert state["settings"]["sources"] == [{"embedded": True}] and "embedded" in state["data"]
-
-
-def test_the_state_outlives_everybody_also_when_the_auxiliary_peer_is_killed(swarm: Swarm) -> None:
-    config = swarm.configure(max_global_steps=50, save_every=2)
-    auxiliary, address = swarm.start_auxiliary(config)
-    first = swarm.start_trainer("first", address)
-    auxiliary.wait_for_output("Saved the state of global step", timeout=180, times=2)
-    auxiliary.end()
-    first.end()
-    partial = swarm.folder / "run" / "checkpoints" / ".step-0000099.x.partial"
-    partial.mkdir()
-    saved = int(re.findall(r"Saved the state of global step (\d+)", auxiliary.output())[-1])
-    again, address = swarm.start_auxiliary(config)
-    again.wait_for_output(f"Holds the state of global step {saved}, from")
-    assert not partial.exists()
-    second = swarm.start_trainer("second", address)
-    second.wait_for_output(f"Starting from global step {saved}\n", timeout=180)
-    second.wait_for_output(f"step {saved + 1}/50", timeout=180)
-    for program in (second, again):
-        program.interrupt()
-        assert program.wait(60) == 0, program.output()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own, too small for a checkpoint of the tests' model."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"NOT TESTED: a full disk, because none can be mounted here: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_stops_the_saving_and_nothing_else(small_disk: Path, swarm: Swarm) -> None:
-    auxiliary, address = swarm.start_auxiliary(swarm.configure(max_global_steps=1000, save_every=2))
-    trainer = swarm.start_trainer("trainer", address)
-    auxiliary.wait_for_output("No checkpoint can be written: No space left on device", timeout=180)
-    made = auxiliary.output().count("  step ")
-    auxiliary.wait_for_output("  step ", times=made + 4, timeout=180)  # several attempts later
-    assert auxiliary.output().count("No checkpoint can be written") == 1, auxiliary.output()
-    assert list(small_disk.iterdir()) == []
-    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    auxiliary.wait_for_output("Saved the state of global step", timeout=180)
-    wait_until(lambda: any(small_disk.glob("step-*")), 10, auxiliary.output)
-    for program in (trainer, auxiliary):
-        program.interrupt()
-        assert program.wait(60) == 0, program.output()
 
 
 def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> None:

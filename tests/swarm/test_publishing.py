@@ -1,4 +1,4 @@
-"""Publishing by real programs: an auxiliary peer that is killed in the middle of an upload, and two side by side."""
+"""Publishing by real programs: an auxiliary peer that is killed in the middle of an upload."""
 
 import json
 import os
@@ -88,24 +88,3 @@ def fill_mask(hub: HubServer, folder: Path) -> list[str]:
     assert done.returncode == 0, done.stderr
     guesses: list[str] = json.loads(done.stdout.splitlines()[-1])
     return guesses
-
-
-def test_of_two_auxiliary_peers_one_publishes_until_it_is_killed(swarm: Swarm) -> None:
-    with HubServer() as hub:
-        swarm.environment = environment(hub)
-        config = swarm.configure(max_global_steps=1000, target_batch_size=1024, save_every=2, repo_id=NAME)
-        first, address = swarm.start_auxiliary(config)
-        second = swarm.start(
-            "second", "run_aux_peer.py", "--initial_peers", address, "--run_folder", str(swarm.folder / "second"),
-            "--repo_id", NAME, "--save_every", "2", "--report_to", "none",
-        )  # fmt: skip
-        swarm.start_trainer("trainer", address)
-        wait_until(lambda: NAME in hub.repos and len(hub.repos[NAME].tags) > 1, 180, first.output)
-        first.interrupt(signal.SIGKILL)
-        first.wait()
-        before = set(hub.repos[NAME].tags)
-        wait_until(lambda: len(hub.repos[NAME].tags) > len(before), 180, second.output)
-        second.interrupt()
-        assert second.wait(120) == 0, second.output()
-        assert "Published the checkpoint" in second.output()
-        assert_each_tag_has_one_whole_commit(hub)

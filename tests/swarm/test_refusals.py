@@ -83,22 +83,6 @@ def test_the_runs_own_config_is_welcome(run: tuple[Swarm, str], volunteer: Swarm
     trainer.wait_for_output("Starting from global step")
 
 
-@pytest.mark.parametrize(("ahead", "words"), [(5, "seconds ahead of"), (-5, "seconds behind")])
-def test_a_wrong_clock_is_refused(run: tuple[Swarm, str], volunteer: Swarm, ahead: int, words: str) -> None:
-    volunteer.environment = {"CLOCK_AHEAD": str(ahead)}
-    message = refusal(volunteer.start_trainer("untimely", run[1], program="tests/swarm/trainer_with_clock.py"))
-    assert words in message and "timedatectl set-ntp true" in message and "sntp -sS time.apple.com" in message
-    said = float(message.split(f" {words}")[0].rpartition(" ")[2])
-    assert said == pytest.approx(5, abs=1), message
-
-
-def test_a_clock_that_is_almost_wrong_is_mentioned(run: tuple[Swarm, str], volunteer: Swarm) -> None:
-    volunteer.environment = {"CLOCK_AHEAD": "-2"}
-    trainer = volunteer.start_trainer("hurried", run[1], program="tests/swarm/trainer_with_clock.py")
-    trainer.wait_for_output("Starting from global step")
-    assert "seconds behind its peers'" in trainer.output() and "timedatectl" in trainer.output()
-
-
 @pytest.mark.parametrize("what", ["samiti", "torch"])
 def test_another_version_is_refused(volunteer: Swarm, guarded: None, what: str) -> None:
     """The organizer has an older one."""

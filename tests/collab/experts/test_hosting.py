@@ -27,7 +27,7 @@ def a_peer(start_peer: Callable[..., Peer]) -> Callable[[], Peer]:
 
     def start() -> Peer:
         peer = start_peer(initial_peers=peers[0].addresses() if peers else ())
-        peer.dht.add_validators(run_validators("test", "test_abc"))
+        peer.dht.add_validators(run_validators("test", "test_abc", 30.0))
         peers.append(peer)
         return peer
 

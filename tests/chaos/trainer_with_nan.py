@@ -1,4 +1,5 @@
-"""run_trainer.py with one fault: every third loss of this peer is NaN."""
+"""run_trainer.py with one fault: every third loss of this peer is NaN, and every fifth so large that its gradient is
+infinite."""
 
 from itertools import count
 
@@ -13,8 +14,10 @@ turns = count(1)
 
 
 def loss(self: MaskedLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    value = healthy_loss(self, batch)
-    return value * float("nan") if next(turns) % 3 == 0 else value
+    value, turn = healthy_loss(self, batch), next(turns)
+    if turn % 3 == 0:
+        return value * float("nan")
+    return value * 1e38 * 1e38 if turn % 5 == 0 else value
 
 
 MaskedLM.loss = loss  # type: ignore[method-assign]
