@@ -193,9 +193,11 @@ class Manifest:
                     (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                     (scratch / name).write_bytes(content)
                 (scratch / KEPT).write_bytes(self.signed)
-        for name, content in (self.files | {KEPT: self.signed}).items():  # damaged, a tokenizer may still be one
+        for name, content in self.files.items():  # damaged, a tokenizer may still be one
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
                 write_bytes(folder / name, content)
+        if read_kept(folder) != self:
+            write_bytes(folder / KEPT, self.signed)
         return folder
 
     def serve(self, peer: Peer, folder: Path) -> None:
