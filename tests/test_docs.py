@@ -68,10 +68,11 @@ def test_a_command_of_the_docs_is_understood(page: str, command: str) -> None:
         given = parse("", classes, arguments)
         for cls in classes:
             pick(cls, {"run_id": "example"} | given)
-    elif words[:2] == ["python", "-m"]:
-        understood = help_of(words[2])
-        for flag in (word for word in words[3:] if word.startswith("--")):
-            assert flag in understood, f"{page}: {words[2]} has no {flag}"
+    elif words[:2] == ["python", "-m"] or words[1].startswith("scripts/"):
+        module, *rest = words[2:] if words[1] == "-m" else (words[1].removesuffix(".py").replace("/", "."), *words[2:])
+        understood = help_of(module)
+        for flag in (word for word in rest if word.startswith("--")):
+            assert flag in understood, f"{page}: {module} has no {flag}"
     else:
         assert words[:3] == ["hf", "auth", "login"], f"{page}: nothing here knows how to check {command!r}"
 
