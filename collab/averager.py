@@ -472,12 +472,15 @@ class Averager(_MeetsTheSwarm, GradientAverager):
 
         Parts of a swarm that were apart may meet at the same global step, where nobody is behind: each would go on with
         its own weights and everybody's gradients. Who was in the last round with all of them is no concern of this one:
-        what drifts apart slowly is watched by `ModelWatch`.
+        what drifts apart slowly is watched by `ModelWatch`. Those who had just taken over a state then could not be
+        compared, and are now.
         """
-        (last_round, last_group), self._last_group = self._last_group, (number, frozenset(told))
+        known = {peer: sketch for peer, sketch in told.items() if _is_sketch(sketch)}
+        group = known if str(self.peer_id) in known else told  # what this peer takes over itself is the others' model
+        (last_round, last_group), self._last_group = self._last_group, (number, frozenset(group))
         if last_round >= number - 1 and last_group >= told.keys():
             return set()
-        return strays({peer: sketch for peer, sketch in told.items() if _is_sketch(sketch)}, TOLERANCE)
+        return strays(known, TOLERANCE)
 
 
 def _is_sketch(said: object) -> TypeGuard[Sequence[float]]:

@@ -280,6 +280,8 @@ def test_with_steps_in_flight_a_state_may_lie_that_far_behind_but_not_before_the
 class Judge(Averager):
     """What an averager knows of its rounds, without a process."""
 
+    peer_id = "a"
+
     def __init__(self) -> None:
         pass
 
@@ -302,6 +304,17 @@ def test_who_was_alone_for_some_rounds_is_compared_when_it_is_back() -> None:
     averager = Judge()
     averager._strays(7, dict.fromkeys("abc", OURS))
     assert averager._strays(10, {"a": THEIRS, "b": OURS, "c": OURS}) == {"a"}
+
+
+def test_who_could_not_be_compared_yet_is_compared_in_the_next_round() -> None:
+    """Seen when two halves met in pieces: three peers had one model already, the fourth one trained on with its own."""
+    averager = Judge()
+    averager._strays(7, dict.fromkeys("ab", OURS))
+    assert averager._strays(8, {"a": OURS, "b": None, "c": None, "d": None}) == set()
+    assert averager._strays(9, {"a": OURS, "b": THEIRS, "c": THEIRS, "d": THEIRS}) == {"a"}
+    newcomer = Judge()
+    assert newcomer._strays(8, {"a": None, "b": OURS, "c": OURS}) == set()
+    assert newcomer._strays(9, {"a": THEIRS, "b": OURS, "c": OURS}) == set(), "its state was the others', a step ago"
 
 
 def test_a_round_that_is_tried_again_is_no_meeting() -> None:
