@@ -463,6 +463,7 @@ class Averager(_MeetsTheSwarm, GradientAverager):
         if str(self.peer_id) in astray:
             kwargs["weight"] = 0.0
         await super()._aggregate_with_group(group_info, min_vector_size, **kwargs)
+        self._remember(number, sketches)
         assert self._tally is not None
         wishes = tuple(wish for (_round, _seconds, wish, _sketch) in of_trainers.values())
         return replace(self._tally, wishes=wishes, strays=tuple(astray), sound=tuple(sound))
@@ -475,12 +476,16 @@ class Averager(_MeetsTheSwarm, GradientAverager):
         what drifts apart slowly is watched by `ModelWatch`. Those who had just taken over a state then could not be
         compared, and are now.
         """
-        known = {peer: sketch for peer, sketch in told.items() if _is_sketch(sketch)}
-        group = known if str(self.peer_id) in known else told  # what this peer takes over itself is the others' model
-        (last_round, last_group), self._last_group = self._last_group, (number, frozenset(group))
+        last_round, last_group = self._last_group
         if last_round >= number - 1 and last_group >= told.keys():
             return set()
-        return strays(known, TOLERANCE)
+        return strays({peer: sketch for peer, sketch in told.items() if _is_sketch(sketch)}, TOLERANCE)
+
+    def _remember(self, number: int, told: dict[str, object]) -> None:
+        """A round has come about: with whom it was is known in the next one."""
+        compared = {peer for peer, sketch in told.items() if _is_sketch(sketch)}
+        # what this peer has taken over itself is the others' model
+        self._last_group = number, frozenset(compared if str(self.peer_id) in compared else told)
 
 
 def _is_sketch(said: object) -> TypeGuard[Sequence[float]]:

@@ -288,6 +288,13 @@ class Judge(Averager):
     def __del__(self) -> None:
         pass
 
+    def meet(self, number: int, told: dict[str, Any], fails: bool = False) -> set[str]:
+        """Go through a round; gives the strays."""
+        found = self._strays(number, told)
+        if not fails:
+            self._remember(number, told)
+        return found
+
 
 OURS, THEIRS = [1.0] * SKETCH_SIZE, [1.1] * SKETCH_SIZE
 
@@ -295,34 +302,41 @@ OURS, THEIRS = [1.0] * SKETCH_SIZE, [1.1] * SKETCH_SIZE
 def test_of_two_parts_that_meet_again_one_keeps_its_model_and_all_peers_agree_which() -> None:
     for who in ("ab", "cd"):
         averager = Judge()
-        assert averager._strays(7, dict.fromkeys(who, OURS)) == set()
-        assert averager._strays(8, {"a": OURS, "b": OURS, "c": THEIRS, "d": THEIRS}) == {"c", "d"}
-    assert averager._strays(9, {"a": OURS, "b": OURS, "c": THEIRS}) == set(), "it was with all of them before"
+        assert averager.meet(7, dict.fromkeys(who, OURS)) == set()
+        assert averager.meet(8, {"a": OURS, "b": OURS, "c": THEIRS, "d": THEIRS}) == {"c", "d"}
+    assert averager.meet(9, {"a": OURS, "b": OURS, "c": THEIRS}) == set(), "it was with all of them before"
 
 
 def test_who_was_alone_for_some_rounds_is_compared_when_it_is_back() -> None:
     averager = Judge()
-    averager._strays(7, dict.fromkeys("abc", OURS))
-    assert averager._strays(10, {"a": THEIRS, "b": OURS, "c": OURS}) == {"a"}
+    averager.meet(7, dict.fromkeys("abc", OURS))
+    assert averager.meet(10, {"a": THEIRS, "b": OURS, "c": OURS}) == {"a"}
 
 
 def test_who_could_not_be_compared_yet_is_compared_in_the_next_round() -> None:
     """Seen when two halves met in pieces: three peers had one model already, the fourth one trained on with its own."""
     averager = Judge()
-    averager._strays(7, dict.fromkeys("ab", OURS))
-    assert averager._strays(8, {"a": OURS, "b": None, "c": None, "d": None}) == set()
-    assert averager._strays(9, {"a": OURS, "b": THEIRS, "c": THEIRS, "d": THEIRS}) == {"a"}
+    averager.meet(7, dict.fromkeys("ab", OURS))
+    assert averager.meet(8, {"a": OURS, "b": None, "c": None, "d": None}) == set()
+    assert averager.meet(9, {"a": OURS, "b": THEIRS, "c": THEIRS, "d": THEIRS}) == {"a"}
     newcomer = Judge()
-    assert newcomer._strays(8, {"a": None, "b": OURS, "c": OURS}) == set()
-    assert newcomer._strays(9, {"a": THEIRS, "b": OURS, "c": OURS}) == set(), "its state was the others', a step ago"
+    assert newcomer.meet(8, {"a": None, "b": OURS, "c": OURS}) == set()
+    assert newcomer.meet(9, {"a": THEIRS, "b": OURS, "c": OURS}) == set(), "its state was the others', a step ago"
 
 
 def test_a_round_that_is_tried_again_is_no_meeting() -> None:
     averager = Judge()
-    averager._strays(7, dict.fromkeys("abc", OURS))
-    assert averager._strays(7, {"a": THEIRS, "b": OURS}) == set()
+    averager.meet(7, dict.fromkeys("abc", OURS))
+    assert averager.meet(7, {"a": THEIRS, "b": OURS}) == set()
+
+
+def test_who_meets_others_in_a_round_that_fails_is_compared_when_it_is_tried_again() -> None:
+    averager = Judge()
+    averager.meet(7, dict.fromkeys("ab", OURS))
+    told = {"a": THEIRS, "b": OURS, "c": OURS}
+    assert averager.meet(8, told, fails=True) == averager.meet(8, told) == {"a"}
 
 
 @pytest.mark.parametrize("said", [None, "text", [1.1] * (SKETCH_SIZE - 1), [math.nan] * SKETCH_SIZE, ["1"] * 16, 7])
 def test_who_has_just_taken_over_a_state_or_talks_nonsense_is_no_stray_and_has_no_vote(said: object) -> None:
-    assert Judge()._strays(8, {"a": said, "b": OURS, "c": said, "d": said}) == set()
+    assert Judge().meet(8, {"a": said, "b": OURS, "c": said, "d": said}) == set()
