@@ -71,7 +71,7 @@ def crowd(peers: int = PEERS) -> Iterator[Crowd]:
     options = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False}
     holder = Peer(**options)  # type: ignore[arg-type]
     try:
-        holder.dht.add_validators(run_validators(RUN_ID, RUN_ID, 30.0))
+        holder.dht.add_validators(run_validators(RUN_ID, RUN_ID, LIFETIME))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "records")
             file.write_bytes(MSGPackSerializer.dumps(signed_records(peers)))
@@ -80,7 +80,7 @@ def crowd(peers: int = PEERS) -> Iterator[Crowd]:
             raise RuntimeError(f"Only {stored} of {peers} records are as peers store them")
         reader = Peer(initial_peers=holder.addresses(), **options)  # type: ignore[arg-type]
         try:
-            reader.dht.add_validators(run_validators(RUN_ID, RUN_ID, 30.0))
+            reader.dht.add_validators(run_validators(RUN_ID, RUN_ID, LIFETIME))
             yield Crowd(holder, reader, Monitor())
         finally:
             reader.close()
