@@ -34,7 +34,7 @@ def price(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
 
     def tell(fault: str, moment: str = "", **cost: float) -> None:
         with capsys.disabled():
-            print(f"\n{fault} {moment}: {in_words(cost)}")
+            print(f"\n{fault}, {moment}: {in_words(cost)}" if moment else f"\n{fault}: {in_words(cost)}")
         if file := os.environ.get("PRICES"):
             record = {"fault": fault, "moment": moment, "cost": cost, "test": request.node.nodeid}
             with Path(file).open("a", encoding="utf-8") as prices:
@@ -44,15 +44,21 @@ def price(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
 
 
 def in_words(cost: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:,.3g}" for name, value in cost.items())
+    """`{"seconds": 2.7, "failed_rounds": 5, "seconds_to_return": 1.7}` is "2.7 s, 5 failed rounds, 1.7 s to return"."""
+    told = []
+    for name, value in cost.items():
+        what = name.replace("_", " ").replace("seconds", "s", 1)
+        told.append(f"{value:,.0f} {what}" if value >= 100 else f"{value:.2g} {what}")
+    return ", ".join(told)
 
 
 def table(records: Iterable[dict[str, Any]]) -> str:
     """Markdown: a line for each fault that was tried, in the order of the tests."""
-    lines = ["| fault | what it cost | test |", "| --- | --- | --- |"]
+    lines = ["| fault | what it cost the others | test |", "| --- | --- | --- |"]
     for record in records:
-        test = record["test"].removeprefix("tests/chaos/").partition("[")[0].replace("::", " ")
-        lines.append(f"| {record['fault']} {record['moment']} | {in_words(record['cost'])} | {test} |")
+        fault = ", ".join(filter(None, (record["fault"], record["moment"])))
+        test = Path(record["test"].partition("::")[0]).name
+        lines.append(f"| {fault} | {in_words(record['cost'])} | [{test}](../tests/chaos/{test}) |")
     return "\n".join(lines) + "\n"
 
 

@@ -87,7 +87,10 @@ def test_all_auxiliary_peers_die_and_nothing_but_their_help_is_lost(swarm: Swarm
     folder = swarm.folder / "run"
     found = steps(folder)
     price(
-        "all auxiliary peers killed", seconds=late, another_publishes_after_seconds=took_over, back_after_seconds=back
+        "all auxiliary peers killed",
+        seconds=late,
+        seconds_until_another_publishes=took_over,
+        seconds_until_it_is_back=back,
     )
     assert late < AVERAGING_TIMEOUT + LOOKING, "nobody waits for who does not train"
     assert found == list(range(1, found[-1] + 1)), again.output()

@@ -28,7 +28,9 @@ def test_a_wrong_clock_is_refused(
     volunteer.environment = {"CLOCK_AHEAD": str(ahead)}
     began = time.monotonic()
     message = refusal(volunteer.start_trainer("untimely", run[1], program=TRAINER))
-    price("a clock one hour wrong", words, seconds_until_it_is_told=time.monotonic() - began)
+    price(
+        "a clock one hour wrong", "ahead" if ahead > 0 else "behind", seconds_until_it_is_told=time.monotonic() - began
+    )
     assert words in message and "timedatectl set-ntp true" in message and "sntp -sS time.apple.com" in message
     said = float(message.split(f" {words}")[0].rpartition(" ")[2])
     assert said == pytest.approx(abs(ahead), abs=1), message

@@ -40,7 +40,7 @@ def made_together(records: Iterable[Records], since: float) -> list[int]:
     ]
 
 
-def test_two_halves_of_a_swarm_say_that_their_link_is_cut_and_are_one_two_steps_after_it_is_back(
+def test_two_halves_of_a_swarm_say_that_their_link_is_cut_and_become_one_when_it_is_back(
     swarm: Swarm, price: Price
 ) -> None:
     halves = [("a", "b"), ("c", "d")]
@@ -145,7 +145,7 @@ def test_nobody_is_thrown_out_for_a_slow_link_and_the_work_follows_the_links(pee
         assert all(abs(share_of(r, values) - link_share) < PART for r in rounds[-SHARED:]), (due, rounds)
     equal = median(r["allreduce_seconds"] for rounds in reports for r in rounds[:EQUAL])
     shared = median(r["allreduce_seconds"] for rounds in reports for r in rounds[-SHARED:])
-    price("slow link", "5 beside 20 and 100 Mbit/s", seconds_a_round=shared, seconds_with_equal_shares=equal)
+    price("slow link", "5 beside 20 and 100 Mbit/s", seconds_for_a_round=shared, seconds_with_equal_shares=equal)
     assert shared < equal
 
 

@@ -107,7 +107,13 @@ def test_a_killed_trainer_costs_the_others_one_timeout_at_most(peers: Peers, mom
     assert_no_survivors(peers.programs[victim])
     logs = [assert_sound(peers, number, met=len(survivors), whole=number < 3) for number in survivors]
     given = [sum(size for log in logs for _, size in log["by_step"].get(str(step), ())) for step in range(swarm.steps)]
-    price("SIGKILL", moment, seconds=late, samples=max(0, TARGET - given[swarm.step]), normal_step=swarm.normal)
+    price(
+        "SIGKILL",
+        moment,
+        seconds=late,
+        samples=max(0, TARGET - given[swarm.step]),
+        seconds_in_a_normal_step=swarm.normal,
+    )
     assert min(given[swarm.step + 1 :]) >= 0.9 * TARGET, f"{given} of {TARGET}: others make up for what was lost"
     assert_one_model(peers, survivors)
 
@@ -137,7 +143,13 @@ def test_a_frozen_trainer_is_waited_for_once_and_comes_back(peers: Peers, moment
         process.resume()
     thawed = time.monotonic()
     wait_until(lambda: peers.step(victim) > step, 60, peers.programs[victim].output)
-    price("freeze", moment, seconds=late, seconds_to_come_back=time.monotonic() - thawed, normal_step=swarm.normal)
+    price(
+        "freeze",
+        moment,
+        seconds=late,
+        seconds_to_come_back=time.monotonic() - thawed,
+        seconds_in_a_normal_step=swarm.normal,
+    )
     for number in swarm.everybody:
         assert peers.programs[number].wait(120) == 0, peers.programs[number].output()
         assert_sound(peers, number, met=3, whole=number != victim)

@@ -120,4 +120,4 @@ def test_full_and_read_only_disks_cost_what_would_have_been_written_and_nothing_
     copy = shutil.copytree(run / "trackio", swarm.folder / "trackio")  # looking into it keeps it open
     assert steps == list(range(1, steps[-1] + 1)) == trackio_steps(copy)
     assert json.loads((run / "contributions.json").read_text())["names"].keys() == {"trainer", "modest"}
-    price("disks full, then read-only", seconds=0, steps_missing=0, saves_again_after_seconds=saved_again)
+    price("disks full, then read-only", seconds=0, steps_missing=0, seconds_until_it_saves_again=saved_again)
