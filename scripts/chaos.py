@@ -43,6 +43,7 @@ from collab.console import duration  # noqa: E402
 from collab.errors import UserError  # noqa: E402
 from collab.processes import run_program  # noqa: E402
 from collab.trackers import HISTORY, read_history  # noqa: E402
+from collab.vital import has_ended  # noqa: E402
 from collab.watch import TOLERANCE  # noqa: E402
 from scripts.local_swarm import LEAVE_SECONDS, LocalSwarm, remove_old_run  # noqa: E402
 
@@ -146,13 +147,7 @@ class Program:
         return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 
     def survivors(self) -> list[psutil.Process]:
-        return [process for process in self.family.values() if is_there(process)]
-
-
-def is_there(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+        return [process for process in self.family.values() if not has_ended(process)]
 
 
 class Chaos:

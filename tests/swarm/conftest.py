@@ -10,7 +10,7 @@ import yaml
 
 from tests.collab.conftest import guarded  # noqa: F401 - a fixture
 from tests.swarm.peers import Peers
-from tests.swarm.processes import LOOPBACK, Program, assert_no_survivors, wait_until
+from tests.swarm.processes import LOOPBACK, Program, assert_no_survivors, end_all, wait_until
 
 TINY_MODEL = """{"model_type": "albert", "architectures": ["AlbertForPreTraining"], "embedding_size": 16,
 "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -101,7 +101,4 @@ def swarm(tmp_path: Path, shared_cache: Path) -> Iterator[Swarm]:
 def peers(tmp_path: Path) -> Iterator[Peers]:
     peers = Peers(tmp_path)
     yield peers
-    for program in peers.programs:
-        program.end()
-    for program in peers.programs:
-        assert_no_survivors(program)
+    end_all(peers.programs)

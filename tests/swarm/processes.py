@@ -114,3 +114,11 @@ def wait_until(condition: Callable[[], bool], timeout: float, message: Callable[
 def assert_no_survivors(program: Program) -> None:
     """Nothing of a program is left five seconds after it ended."""
     wait_until(lambda: not program.survivors(), 5, lambda: f"{program.name} left behind: {program.survivors()}")
+
+
+def end_all(programs: Sequence[Program]) -> None:
+    """End those that still run; nothing of any is left then."""
+    for program in programs:
+        program.end()
+    for program in programs:
+        assert_no_survivors(program)

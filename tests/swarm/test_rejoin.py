@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from collab.peer import Peer
 from tests.swarm.conftest import Swarm
-from tests.swarm.processes import Program, assert_no_survivors, wait_until
+from tests.swarm.processes import Program, assert_no_survivors, end_all, wait_until
 
 pytestmark = pytest.mark.swarm
 
@@ -52,11 +52,7 @@ class Peers:
 def peers(tmp_path: Path) -> Iterator[Peers]:
     peers = Peers(tmp_path)
     yield peers
-    for program in peers.programs:
-        program.remember_family()
-        program.end()
-    for program in peers.programs:
-        assert_no_survivors(program)
+    end_all(peers.programs)
 
 
 @pytest.fixture
