@@ -274,7 +274,7 @@ def accompany(
     presence = Presence(peer, run_id, monitor, settings["metadata_expiration"], describe)
     broken: list[str] = []
     vital = VitalProcesses(peer, lost=broken.append)
-    vital.add(optimizer.averagers)
+    vital.add(optimizer)
 
     def see(finished: bool = False) -> RunView:
         return look(

@@ -143,7 +143,7 @@ def main() -> None:
             has_state=resumed is not None or task.first_weights != "elsewhere",
             snapshot_folder=cache_dir / "snapshots",
         )
-        vital.add(optimizer.averagers)
+        vital.add(optimizer)
         stop.listen()
         optimizer.pause = stop.wait
         lookout = Lookout(peer, manifest.swarm_id, settings["metadata_expiration"])

@@ -5,6 +5,7 @@ override says which fault of hivemind 1.1.12 it repairs, so that it can go when 
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import time
 import typing
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, replace
 from itertools import compress, repeat
 from typing import Any, TypeGuard
@@ -286,7 +288,8 @@ class _MeetsTheSwarm(DecentralizedAverager):
         the lock on the tensors; and who waits for them never ends (averaging/averager.py, `_shutdown`).
         """
         for task, step in self._steps.items():
-            step.cancel()
+            with contextlib.suppress(InvalidStateError):  # whoever waits for it has called it off a moment ago
+                step.cancel()
             task.cancel()
         if self._steps:
             await asyncio.wait(set(self._steps), timeout=timeout)

@@ -86,7 +86,12 @@ class FillMask:
         step, folder = newest
         if self._open is None or self._open[0] != folder:
             self._open = None  # the old model's memory first
-            self._open = folder, pipeline("fill-mask", model=str(folder), device="cpu")
+            try:
+                self._open = folder, pipeline("fill-mask", model=str(folder), device="cpu")
+            except Exception:
+                if self._newest() == newest:
+                    raise
+                return self._fill(text)  # it was removed while it was opened: there is a newer one
         fill: Any = self._open[1]
         found = fill(text.replace(GAP, fill.tokenizer.mask_token), top_k=ANSWERS, tokenizer_kwargs={"truncation": True})
         return Answer(step, [Guess(str(entry["token_str"]).strip(), float(entry["score"])) for entry in found])

@@ -28,7 +28,7 @@ MAX_ADDRESSES = 8  # of one peer; a stranger must not send this peer dialing wit
 MAX_ADDRESS_LENGTH = 300
 MAX_SEARCHED = 64
 KNOCKS = 4  # peers that are tried at each look
-KNOCK_SECONDS = 5.0
+KNOCK_SECONDS = 10.0
 SHOWN_PEERS = 8
 
 
@@ -148,6 +148,7 @@ class Lookout(Background):
         for address in peer.initial_peers:
             self._given.setdefault(peer_id_in(address), []).append(address)
         self._announced: dict[str, list[str]] = {}
+        self._knocks: dict[str, MPFuture] = {}
         self._sightings = Sightings(self._given.keys(), time.monotonic())
         self._reason = ""
         self._clock_at_start, self._wrong_clock = _clock(), ""
@@ -192,8 +193,10 @@ class Lookout(Background):
         if self._stopped.is_set():
             return
         if lost is None:
+            self._knocks = {peer: knock for peer, knock in self._knocks.items() if not knock.done()}
             for peer in sightings.knock_at():
-                self.peer.knock(peer, self._addresses_of(peer), KNOCK_SECONDS)
+                if peer not in self._knocks:  # the next one would close the connection that this one opens
+                    self._knocks[peer] = self.peer.knock(peer, self._addresses_of(peer), KNOCK_SECONDS)
             return
         alone, wanted = sightings.alone, sightings.wanted
         if alone:

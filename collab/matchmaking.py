@@ -141,7 +141,12 @@ class SwarmMatchmaking(Matchmaking):
         """:raises MatchmakingException: nobody came.
         :raises LeftBehind: the others have gone on.
         """
-        group: GroupInfo | None = await super().look_for_group(step)
+        try:
+            group: GroupInfo | None = await super().look_for_group(step)
+        except Exception:
+            if step.done():  # called off: nobody asks for the reason, and asyncio would log that nobody did
+                raise asyncio.CancelledError from None
+            raise
         if group is not None:
             if not all(map(_can_be_understood, group.gathered)):
                 raise MatchmakingException("the leader of the round passed on what no peer can have said")

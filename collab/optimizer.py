@@ -210,7 +210,11 @@ class Tracker(ProgressTracker):
         return bool(own.samples_accumulated + others.by_now() >= self.target_batch_size)
 
     def run(self) -> None:
-        super().run()
+        try:
+            super().run()
+        except Exception as error:  # noqa: BLE001 - it is over for this thread; `VitalProcesses` sees that it has ended
+            logger.warning("Following the others' progress has ended: %r", error)
+            return
         # Upstream leaves its last task to the interpreter, which complains about it on the volunteer's screen.
         loop = asyncio.get_event_loop()
         left = asyncio.all_tasks(loop)

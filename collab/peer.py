@@ -225,10 +225,10 @@ class Peer:
                 raise OSError(failure)
             return target.read_bytes()
 
-    def knock(self, peer_id: str, addresses: Sequence[str], timeout: float) -> None:
-        """`rejoin` with one peer, without waiting for it."""
+    def knock(self, peer_id: str, addresses: Sequence[str], timeout: float) -> MPFuture:
+        """`rejoin` with one peer, without waiting for it; gives what is done when it is over."""
         work = partial(_knock, peer_id=peer_id, addresses=list(addresses), timeout=timeout)
-        self.dht.run_coroutine(work, return_future=True)
+        return self.dht.run_coroutine(work, return_future=True)
 
     def rejoin(self, peers: Mapping[str, Sequence[str]], timeout: float = 10.0) -> set[str]:
         """Dial peers anew, all at once, and make their DHT and this one's the same again. Safe at any time.
@@ -519,6 +519,13 @@ async def _dial(_dht: DHT, node: DHTNode, peer_id: str, addresses: list[str], ti
 
     async def call() -> bool:
         with contextlib.suppress(ControlFailure):  # no address works; it may be connected all the same
+            await node.p2p._client.connect(peer, places)
+        if await node.protocol.call_ping(peer) is not None:
+            return True
+        # A connection through a link that was cut stays open, and TCP tries it again ever more rarely: after half a
+        # minute without an answer, only half a minute later. A new one works as soon as the link does.
+        with contextlib.suppress(ControlFailure):
+            await node.p2p._client.disconnect(peer)
             await node.p2p._client.connect(peer, places)
         return await node.protocol.call_ping(peer) is not None
 

@@ -13,13 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.util import Finalize
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from collab.errors import UserError
 
 NOTICE_SECONDS = 0.05
+MOST_OPEN_FILES = 2**20
 _scratch_folder: str | None = None
 
 
@@ -141,8 +141,7 @@ def restart_program(*more: str) -> NoReturn:
     """Begin anew with the same arguments and `more`, in the same process; its children end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # PyTorch's shared memory would stay as long as its socket is open
-    os.closerange(3, 1 + max(int(path.name) for path in Path("/dev/fd").iterdir()))
+    os.closerange(3, MOST_OPEN_FILES)  # PyTorch's shared memory would stay as long as its socket is open
     os.execv(sys.executable, [sys.executable, *sys.argv, *more])
 
 

@@ -25,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from scripts.local_swarm import LEAVE_SECONDS, LocalSwarm, remove_old_run  # noq
 
 LOOK_SECONDS = 2.0
 WARM_SECONDS = 120.0  # after which a process should have all the memory and files that it needs
+WINDOW_SECONDS = 60.0  # of which the median counts: within a step, memory comes and goes by a tenth
 START_SECONDS = 240.0
 CALM_STEPS = 3  # global steps without a fault in which everybody has to meet, before the end is looked at
 CALM_SECONDS = 240.0
@@ -63,14 +66,24 @@ BUSY = "import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() 
 
 
 @dataclass
-class Sample:
-    """What a process had when it was warm, and lately."""
+class Needs:
+    """What a process had when it was warm, and lately: bytes of memory and open files, at each look."""
 
     command: str
     started: float
-    warm: tuple[int, int] | None = None
-    """Bytes of memory, open files."""
-    last: tuple[int, int] = (0, 0)
+    warm: list[tuple[int, int]] = field(default_factory=list)
+    late: deque[tuple[int, int]] = field(default_factory=partial(deque, maxlen=round(WINDOW_SECONDS / LOOK_SECONDS)))
+
+    def note(self, process: psutil.Process) -> None:
+        age = time.time() - self.started
+        self.late.append((process.memory_info().rss, process.num_fds()))
+        if WARM_SECONDS <= age < WARM_SECONDS + WINDOW_SECONDS:
+            self.warm.append(self.late[-1])
+
+    def before_and_now(self, index: int) -> tuple[float, float]:
+        """Medians of memory (0) or of open files (1)."""
+        warm, late = (statistics.median(look[index] for look in looks) for looks in (self.warm, self.late))
+        return warm, late
 
 
 @dataclass
@@ -83,7 +96,7 @@ class Program:
     frozen_until: float = 0.0
     frozen: list[psutil.Process] = field(default_factory=list)
     family: dict[int, psutil.Process] = field(default_factory=dict)
-    samples: dict[int, Sample] = field(default_factory=dict)
+    needs: dict[int, Needs] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -130,17 +143,12 @@ class Program:
                 process.resume()
         self.frozen = []
 
-    def sample(self) -> None:
+    def note_needs(self) -> None:
         """Note what its processes need now."""
         for process in self.members():
             with contextlib.suppress(psutil.Error):
-                age = time.time() - process.create_time()
-                known = self.samples.setdefault(
-                    process.pid, Sample(f"{self.name}: {process.name()}", process.create_time())
-                )
-                known.last = (process.memory_info().rss, process.num_fds())
-                if known.warm is None and age >= WARM_SECONDS:
-                    known.warm = known.last
+                known = Needs(f"{self.name}: {process.name()}", process.create_time())
+                self.needs.setdefault(process.pid, known).note(process)
 
     def last_line(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
@@ -203,7 +211,7 @@ class Chaos:
         for program in self.programs:
             if program.frozen and time.monotonic() >= program.frozen_until:
                 program.thaw()
-            program.sample()
+            program.note_needs()
             for process in program.members():
                 with contextlib.suppress(psutil.Error):
                     self.ports |= {c.laddr.port for c in process.net_connections("tcp") if c.status == "LISTEN"}
@@ -421,23 +429,24 @@ def mean_loss(history: Sequence[dict[str, Any]], first: float, last: float) -> f
 def growth(programs: Sequence[Program]) -> Iterator[Finding]:
     """Memory and open files of every process that has lived for twice the time that it needs to get warm."""
     old = [
-        sample
+        needs
         for program in programs
-        for sample in program.samples.values()
-        if sample.warm is not None and time.time() - sample.started >= 2 * WARM_SECONDS
+        for needs in program.needs.values()
+        if needs.warm and time.time() - needs.started >= 2 * WARM_SECONDS
     ]
-    for index, what, slack in [(0, "memory", SLACK_BYTES), (1, "open files", SLACK_FILES)]:
+    for index, what, unit, slack in [(0, "memory", 2**20, SLACK_BYTES), (1, "open files", 1, SLACK_FILES)]:
         name = f"{what} within {GROWTH - 1:.0%} of what it was after {duration(WARM_SECONDS)}"
         if not old:
             yield Finding(name, None, "no process lived long enough")
             continue
-        allowed = {id(s): max(GROWTH * s.warm[index], s.warm[index] + slack) for s in old if s.warm}
-        worst = max(old, key=lambda s: s.last[index] / allowed[id(s)])
-        assert worst.warm is not None
-        unit = 2**20 if index == 0 else 1
-        seen = f"{len(old)} processes; most: {worst.command}, {worst.warm[index] / unit:.0f} to "
-        seen += f"{worst.last[index] / unit:.0f}{' MiB' if index == 0 else ''}"
-        yield Finding(name, worst.last[index] <= allowed[id(worst)], seen)
+        found = [(*needs.before_and_now(index), needs.command) for needs in old]
+        share, warm, late, worst = max(
+            (late / max(GROWTH * warm, warm + slack), warm, late, of) for warm, late, of in found
+        )
+        seen = (
+            f"{len(old)} processes; most: {worst}, {warm / unit:.0f} to {late / unit:.0f}{' MiB' if index == 0 else ''}"
+        )
+        yield Finding(name, share <= 1, seen)
 
 
 def no_orphan(programs: Sequence[Program]) -> Finding:

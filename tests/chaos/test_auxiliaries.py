@@ -78,10 +78,10 @@ def test_all_auxiliary_peers_die_and_nothing_but_their_help_is_lost(swarm: Swarm
         again.wait_for_output(f"step {last_step(trainer) + 1:>4}/1000", timeout=120)
         back = time.time() - restarted
         published = set(hub.repos[NAME].tags)
-        wait_until(lambda: len(hub.repos[NAME].tags) > len(published), 60, again.output)
+        wait_until(lambda: len(hub.repos[NAME].tags) > len(published), 120, again.output)
         for program in (trainer, again):
             program.interrupt()
-            assert program.wait(90) == 0, program.output()
+            assert program.wait() == 0, program.output()
         assert_each_tag_has_one_whole_commit(hub)
 
     folder = swarm.folder / "run"
@@ -98,7 +98,9 @@ def test_all_auxiliary_peers_die_and_nothing_but_their_help_is_lost(swarm: Swarm
     for entry in read_history(folder / "metrics.jsonl"):
         own = told[entry["step"]]
         assert (entry["samples"], entry["tokens"]) == (own["samples"], own["tokens"])
-        assert entry["loss"] == pytest.approx(own["loss"]) and entry["time"] == pytest.approx(own["time"], abs=0.1)
+        assert entry["loss"] == pytest.approx(own["loss"])
+        # a step of which it heard before it knew that its only trainer was live has the time at which it heard
+        assert -0.01 <= entry["time"] - own["time"] <= LOOKING
     counted = json.loads((folder / "contributions.json").read_text())["names"]
     total = max(record["samples_total"] for record in told.values() if record["step"] <= found[-1])
     assert counted["trainer"] == pytest.approx(total, rel=0.01)

@@ -60,13 +60,13 @@ def test_a_clock_that_jumps_costs_the_others_one_timeout(swarm: Swarm, price: Pr
     jumper.remember_family()
     began, before = time.monotonic(), made()
     jumper.process.send_signal(signal.SIGUSR1)
-    assert jumper.wait(60) == 1, jumper.output()
+    assert jumper.wait() == 1, jumper.output()
     told = time.monotonic() - began
     error = jumper.output().rpartition("error: ")[2]
     assert "seconds ahead of" in error and "timedatectl" in error and "Traceback" not in jumper.output(), (
         jumper.output()
     )
-    wait_until(lambda: made() > before, 60, healthy.output)
+    wait_until(lambda: made() > before, 120, healthy.output)
     late = time.monotonic() - began
     alone(healthy)
     price("a clock that jumps by an hour", seconds=late, seconds_until_it_is_told=told)
@@ -76,5 +76,5 @@ def test_a_clock_that_jumps_costs_the_others_one_timeout(swarm: Swarm, price: Pr
 def alone(trainer: Program) -> None:
     """It goes on by itself, with nothing to take over from the one that has left."""
     made = trainer.output().count("\nstep ")
-    trainer.wait_for_output("\nstep ", timeout=60, times=made + 3)
+    trainer.wait_for_output("\nstep ", times=made + 3)
     assert "Took over global step" not in trainer.output().partition("peers 2/2")[2], trainer.output()

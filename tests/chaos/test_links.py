@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 CUT_SECONDS = 30.0
 METADATA_EXPIRATION = 10.0
 WITHIN_STEPS = 2
-LOADED_STEPS = 3  # on a loaded machine they come into sight one after the other, and parts get lost
+LOADED_STEPS = 2  # on a loaded machine they come into sight one after the other, and parts get lost
 AVERAGE_STATE_EVERY = 6
 LOOKING = 15.0  # seconds that a loaded machine may take to see and to say something
 

@@ -35,7 +35,7 @@ def visit(swarm: Swarm, address: str, step: int) -> Path:
     visitor = swarm.start_trainer(folder.name, address, "--save_dir", str(folder))
     visitor.wait_for_output(f"Starting from global step {step}\n", timeout=90)
     visitor.interrupt(signal.SIGTERM)
-    assert visitor.wait(60) == 0, visitor.output()
+    assert visitor.wait() == 0, visitor.output()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
     return folder
 

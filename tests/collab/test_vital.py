@@ -1,8 +1,8 @@
-"""A process that a peer needs ends, and the peer hears of it."""
+"""A process or a thread that a peer needs ends, and the peer hears of it."""
 
-import os
-import signal
 import subprocess
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,16 +23,26 @@ def processes():
         process.wait()
 
 
-@pytest.mark.parametrize("number, name", [(0, "the DHT's process"), (2, "an averager's process")])
-def test_the_end_of_a_process_is_told_once(monkeypatch, processes, number: int, name: str) -> None:
+@pytest.mark.parametrize(
+    "number, name",
+    [(0, "the DHT's process"), (2, "an averager's process"), (3, "the thread that follows the others' progress")],
+)
+def test_the_end_of_what_it_needs_is_told_once(monkeypatch, processes, number: int, name: str) -> None:
     monkeypatch.setattr(vital, "PERIOD", 0.05)
     dht, *averagers = processes
+    end = threading.Event()
+    tracker = threading.Thread(target=end.wait, daemon=True)
+    tracker.start()
     peer: Any = SimpleNamespace(dht=dht)
+    optimizer: Any = SimpleNamespace(averagers=averagers, tracker=tracker)
     lost: list[str] = []
     watch = VitalProcesses(peer, lost.append)
-    watch.add(averagers)
+    watch.add(optimizer)
     assert not watch._stopped.wait(0.2) and lost == []
-    os.kill(processes[number].pid, signal.SIGKILL)  # it stays a zombie, as a child of hivemind's does
+    # a process that is killed stays a zombie, as a child of hivemind's does
+    ends: list[Callable[[], None]] = [*(process.kill for process in processes), end.set]
+    ends[number]()
     wait_until(lambda: bool(lost), 5, lambda: "nothing was told")
     watch.join(5)
+    end.set()
     assert lost == [name] and not watch.is_alive() and not watch.failures

@@ -104,6 +104,12 @@ def test_without_a_checkpoint_and_with_a_broken_one(serve: Callable[[FillMask], 
     assert fill(page, "no gap")[0] == 400 and page.server.failures == 1, "a bad question is no failure of the page's"
 
 
+def test_a_checkpoint_that_is_removed_while_it_is_opened_makes_way_for_the_newer_one(serve, checkpoint, tmp_path):
+    answers = iter([(98, tmp_path / "removed"), (98, tmp_path / "removed")])
+    code, answer = fill(serve(FillMask(lambda: next(answers, (100, checkpoint)))), "a [MASK]")
+    assert code == 200 and answer["global_step"] == 100
+
+
 def test_many_questions_are_told_to_wait(serve: Callable[[FillMask], Served], checkpoint: Path) -> None:
     page = serve(FillMask(lambda: (1, checkpoint), seconds_between=3600))
     codes: list[int] = []

@@ -60,7 +60,7 @@ class Program:
         except psutil.NoSuchProcess:
             pass
 
-    def wait_for_output(self, text: str, timeout: float = 60.0, times: int = 1) -> None:
+    def wait_for_output(self, text: str, timeout: float = 120.0, times: int = 1) -> None:
         def there() -> bool:
             assert self.process.poll() is None or self.output().count(text) >= times, (
                 f"{self.name} ended with {self.process.returncode} before it wrote {text!r}:\n{self.output()}"
@@ -70,7 +70,7 @@ class Program:
         wait_until(there, timeout, lambda: f"{self.name} did not write {text!r}:\n{self.output()}")
         self.remember_family()
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 120.0) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:

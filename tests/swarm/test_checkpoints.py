@@ -49,14 +49,14 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         config = swarm.configure(max_global_steps=3, repo_id="community/test", **small)
         auxiliary, address = swarm.start_auxiliary(config)
         trainer = swarm.start_trainer("trainer", address)
-        assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
+        assert [trainer.wait(180), auxiliary.wait()] == [0, 0], auxiliary.output()
         folder = swarm.folder / "run" / "checkpoints" / "step-0000003"
         published = trainer_state(folder)
 
         config = swarm.configure(max_global_steps=5, **small)
         auxiliary, address = swarm.start_auxiliary(config, "--from", "community/test@step-3", run_folder="heir")
         trainer = swarm.start_trainer("heir", address)
-        assert [trainer.wait(180), auxiliary.wait(60)] == [0, 0], auxiliary.output()
+        assert [trainer.wait(180), auxiliary.wait()] == [0, 0], auxiliary.output()
         assert "Starting from global step 3\n" in trainer.output(), trainer.output()
         heir = trainer_state(swarm.folder / "heir" / "checkpoints" / "step-0000005")
         assert heir["samples"] > published["samples"] > 0
@@ -81,4 +81,4 @@ def test_everything_goes_on_from_the_last_published_revision(swarm: Swarm) -> No
         )
         weights.wait_for_output("step 1/5", timeout=180)
         weights.interrupt()
-        assert weights.wait(60) == 0, weights.output()
+        assert weights.wait() == 0, weights.output()

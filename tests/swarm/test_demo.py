@@ -44,8 +44,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     command += ["--cache_dir", str(shared_cache), "--max_global_steps", "32"]
     program = Program("demo", command, folder.parent / "demo.log", cold=True)
     try:
-        program.wait_for_output("Others join with", timeout=120)
-        program.wait_for_output("step    3/", timeout=120)
+        program.wait_for_output("Others join with")
+        program.wait_for_output("step    3/")
         assert program.wait(timeout=600) == 0, program.output()
     finally:
         if program.process.poll() is None:

@@ -34,7 +34,7 @@ def test_a_healthy_run_ends_with_the_line_to_join(patient: Swarm) -> None:
     P2P.generate_identity(str(free))
     own = ("--device", "cpu", "--identity_path", str(free), "--initial_peers", address, dead)
     doctor = patient.start("doctor", "scripts/doctor.py", *own)
-    assert doctor.wait(90) == 0, doctor.output()
+    assert doctor.wait() == 0, doctor.output()
     output, found = doctor.output(), marks(doctor)
     for check in (
         "packages",
@@ -61,7 +61,7 @@ def test_a_dead_address_is_told_in_the_same_words_by_doctor_and_trainer(patient:
     dead = f"/ip4/127.0.0.1/tcp/1/p2p/{SOMEBODY}"
     doctor = patient.start("doctor", "scripts/doctor.py", "--initial_peers", dead)
     trainer = patient.start_trainer("trainer", dead)
-    assert doctor.wait(60) == 1 and trainer.wait(60) == 1, doctor.output() + trainer.output()
+    assert doctor.wait() == 1 and trainer.wait() == 1, doctor.output() + trainer.output()
     finding = f"{dead}: 127.0.0.1 is there, but nobody listens on port 1."
     advice = "Ask the organizer for the run's current address."
     for program in (doctor, trainer):

@@ -54,7 +54,7 @@ def test_run_all_stop_and_run_all_again(swarm: Swarm) -> None:
         assert '"text/plain": "0"' in output, "it left in good order"
     assert "Leaving the swarm" in stopped and f"step {LAST_STEP}/{LAST_STEP}" not in stopped
     assert f"step {LAST_STEP}/{LAST_STEP}" in completed
-    assert auxiliary.wait(60) == 0, auxiliary.output()
+    assert auxiliary.wait() == 0, auxiliary.output()
 
 
 def test_the_notebook_holds_no_output_and_no_address() -> None:

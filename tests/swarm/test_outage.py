@@ -36,7 +36,7 @@ def start_auxiliary(
     own = ("--config", str(config), "--run_folder", str(swarm.folder / "run"), "--find_public_ip", "false")
     fixed = ("--host_maddrs", "/ip4/0.0.0.0/tcp/31337")
     program = place.start(swarm, "auxiliary", "run_aux_peer.py", *own, *fixed, *arguments, **options)
-    program.wait_for_output("Others join with", timeout=120)
+    program.wait_for_output("Others join with")
     line = swarm.folder / "run" / "join.txt"
     wait_until(line.exists, 10, program.output)
     return program, line.read_text().split()[-1]
@@ -59,7 +59,7 @@ def lose_the_link(end: Namespace, made: Callable[[], int], *looked_at: Program) 
     end.plug(False)
     cut, before = time.monotonic(), made()
     for program in looked_at:
-        program.wait_for_output("LOST SIGHT", timeout=120)
+        program.wait_for_output("LOST SIGHT")
     enough = before + 4
     wait_until(lambda: time.monotonic() > cut + OUTAGE and made() >= enough, 180, lambda: f"step {made()} of {enough}")
     after = made()
@@ -71,7 +71,7 @@ def leave(*programs: Program) -> None:
     for program in programs:
         program.interrupt()
     for program in programs:
-        assert program.wait(120) == 0, program.output()
+        assert program.wait() == 0, program.output()
 
 
 def test_an_auxiliary_peer_without_internet_for_a_while_loses_nothing_but_time(
@@ -109,7 +109,7 @@ def test_an_auxiliary_peer_without_internet_for_a_while_loses_nothing_but_time(
         hub.paused.set()
 
         # ---- nobody does anything
-        auxiliary.wait_for_output("n sight again", timeout=120)
+        auxiliary.wait_for_output("n sight again")
         wait_until(
             lambda: read_history(folder / "run" / "metrics.jsonl")[-1]["step"] > outage[-1], 120, auxiliary.output
         )

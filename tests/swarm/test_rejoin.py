@@ -87,7 +87,7 @@ def test_two_swarms_that_were_started_apart_become_one_through_a_peer_that_knows
 
     wait_until(far_apart, 40, peers.output)
     peers.start(slow, fast)
-    assert [program.wait(60) for program in peers.programs] == [0] * 5, peers.output()
+    assert [program.wait() for program in peers.programs] == [0] * 5, peers.output()
 
     for number in range(5):
         reports = peers.reports(number)
