@@ -19,7 +19,7 @@ from tests.swarm.processes import Program, wait_until
 
 pytestmark = pytest.mark.chaos
 
-AVERAGING_TIMEOUT, LOOKING = 15.0, 10.0
+AVERAGING_TIMEOUT, LOOKING = 8.0, 10.0
 REFUSED = "No checkpoint can be written: No space left on device"
 
 
