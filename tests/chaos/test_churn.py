@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.regression_peer import loss_of, make_model
-from tests.chaos.prices import IN_FULL, Price
+from tests.chaos.prices import Price
 from tests.swarm.peers import Peers
 from tests.swarm.processes import wait_until
 
 pytestmark = pytest.mark.chaos
 
-TRAINERS, STEPS, CALM_STEPS = 4, 32 if IN_FULL else 24, 5
+TRAINERS, STEPS, CALM_STEPS = 4, 32, 5
 EVERY_STEPS = 2  # somebody comes and somebody goes
 SETTINGS: dict[str, Any] = {
     "averaging_timeout": 6.0,
