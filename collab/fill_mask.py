@@ -88,10 +88,11 @@ class FillMask:
             self._open = None  # the old model's memory first
             try:
                 self._open = folder, pipeline("fill-mask", model=str(folder), device="cpu")
-            except Exception:
+            except Exception as error:
                 if self._newest() == newest:
                     raise
-                return self._fill(text)  # it was removed while it was opened: there is a newer one
+                logger.warning("A checkpoint was removed while it was opened; the newer one is asked: %r", error)
+                return self._fill(text)
         fill: Any = self._open[1]
         found = fill(text.replace(GAP, fill.tokenizer.mask_token), top_k=ANSWERS, tokenizer_kwargs={"truncation": True})
         return Answer(step, [Guess(str(entry["token_str"]).strip(), float(entry["score"])) for entry in found])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from hivemind.utils.asyncio import cancel_and_wait
 
 from collab.link import HICCUP_SECONDS, SAFETY
 from collab.peer import signed_entries
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 ASK_AGAIN_SECONDS = 0.15
@@ -143,8 +146,9 @@ class SwarmMatchmaking(Matchmaking):
         """
         try:
             group: GroupInfo | None = await super().look_for_group(step)
-        except Exception:
+        except Exception as error:
             if step.done():  # called off: nobody asks for the reason, and asyncio would log that nobody did
+                logger.debug("Matchmaking of a round that was called off ended: %r", error)
                 raise asyncio.CancelledError from None
             raise
         if group is not None:
